@@ -1,0 +1,1 @@
+"""Implementations of the operators: ``eager`` (PyTorch, any device) and ``triton`` (GPU)."""

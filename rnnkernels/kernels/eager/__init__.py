@@ -1,0 +1,1 @@
+"""PyTorch implementations, for the CPU and any device that Triton does not reach."""

@@ -1,0 +1,5 @@
+"""Modules with parameters."""
+
+from rnnkernels.nn.rnn import RNN, RNNCell
+
+__all__ = ["RNN", "RNNCell"]

@@ -1,0 +1,53 @@
+"""What every recurrent operator does around its recurrence, for all steps at once."""
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+def kernels(backend: str, operator: str) -> ModuleType:
+    """The module that implements ``operator`` on ``backend``, imported on first use."""
+    return importlib.import_module(f"rnnkernels.kernels.{backend}.{operator}")
+
+
+def project(input: Tensor, weight_ih: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None) -> Tensor:
+    r"""The input's share of every pre-activation, $W_{ih} x_t + b_{ih} + b_{hh}$, in one matrix product.
+
+    Returns a new contiguous tensor of shape (sequence_length, batch, gates * hidden_size).
+    """
+    steps, batch, features = input.shape
+    flat, weight_t = input.reshape(steps * batch, features), weight_ih.t()
+    biases = [bias for bias in (bias_ih, bias_hh) if bias is not None]
+    projected = torch.addmm(sum(biases), flat, weight_t) if biases else flat @ weight_t
+    return projected.view(steps, batch, weight_ih.shape[0])
+
+
+def projection_gradients(
+    grad_projected: Tensor, input: Tensor, weight_ih: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``input``, ``weight_ih`` and a bias, through :func:`project`; empty where not needed."""
+    steps, batch, features = input.shape
+    flat = grad_projected.view(steps * batch, -1)
+    needs_input, needs_weight, needs_bias = needs
+    grad_input = (flat @ weight_ih).view(input.shape) if needs_input else input.new_empty(0)
+    grad_weight = flat.t() @ input.reshape(steps * batch, features) if needs_weight else input.new_empty(0)
+    grad_bias = flat.sum(0) if needs_bias else input.new_empty(0)
+    return grad_input, grad_weight, grad_bias
+
+
+def recurrent_weight_gradient(
+    grad_projected: Tensor, output: Tensor, h_0: Tensor, lengths: Tensor | None, reverse: bool
+) -> Tensor:
+    r"""The gradient of $W_{hh}$: $\sum_t \delta_t h_{t-1}^\top$, where $\delta_t$ is the gradient of $a_t$.
+
+    Padding holds zeros in ``grad_projected`` and ``output``, so it adds nothing.
+    """
+    later, earlier = (grad_projected[:-1], output[1:]) if reverse else (grad_projected[1:], output[:-1])
+    if lengths is not None and reverse:
+        first = grad_projected[lengths - 1, torch.arange(len(lengths), device=lengths.device)]
+    else:
+        first = grad_projected[-1 if reverse else 0]
+    later, earlier = later.flatten(0, 1), earlier.flatten(0, 1)
+    return torch.addmm(first.t() @ h_0, later.t(), earlier)

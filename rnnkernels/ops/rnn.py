@@ -1,0 +1,218 @@
+"""The plain RNN over a whole sequence."""
+
+
+import torch
+from torch import Tensor
+
+from rnnkernels import reference
+from rnnkernels._backend import resolve
+from rnnkernels.ops._checks import check_choice, check_lengths, check_tensor
+from rnnkernels.ops._sequence import kernels, project, projection_gradients, recurrent_weight_gradient
+
+NONLINEARITIES = tuple(reference.ACTIVATIONS)
+
+
+def rnn(
+    input: Tensor,
+    h_0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+    reverse: bool = False,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""The plain (Elman) RNN over a whole sequence: one layer, one direction.
+
+    .. math:: h_t = f(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
+
+    Differentiable in every tensor, from the gradients of both results; twice where ``create_graph=True``. Triton kernels
+    do the work on CUDA tensors, PyTorch on all others (see :func:`rnnkernels.use_backend`). Accumulation is in float32
+    or better; float32 products on a GPU follow ``torch.get_float32_matmul_precision()``. The same call gives the same
+    bits each time.
+
+    Parameters
+    ----------
+    input : Tensor, shape (sequence_length, batch, input_size)
+        float64, float32, bfloat16 or float16. ``sequence_length`` is at least 1.
+    h_0 : Tensor, shape (batch, hidden_size)
+        The state before the first step taken. Type and device as ``input``, here and below.
+    weight_ih : Tensor, shape (hidden_size, input_size)
+    weight_hh : Tensor, shape (hidden_size, hidden_size)
+    bias_ih, bias_hh : Tensor, shape (hidden_size,), optional
+        Left out where None.
+    nonlinearity : {"tanh", "relu", "sigmoid", "identity"}
+        $f$. Default: ``"tanh"``.
+    reverse : bool
+        Run from the last step to the first. ``output[t]`` stays the state at time ``t``. Default: False.
+    lengths : Tensor of int64, shape (batch,), optional
+        Steps of each sequence, 1 to ``sequence_length``, in any order. At ``t >= lengths[b]`` the state is carried over
+        unchanged and the output is zero, so a reversed sequence starts at its own last step. On the CPU the values are
+        checked; lengths that already lie on a GPU are not, since that would wait for it.
+
+    Returns
+    -------
+    output : Tensor, shape (sequence_length, batch, hidden_size)
+        $h_t$ for every step.
+    h_n : Tensor, shape (batch, hidden_size)
+        The state after the last step taken.
+
+    Raises
+    ------
+    TypeError
+        If an argument is not a tensor, or not of the type of ``input``.
+    ValueError
+        If a shape, a device, a length or ``nonlinearity`` does not fit.
+    RuntimeError
+        If ``use_backend("triton")`` holds and Triton can't run on these tensors.
+
+    References
+    ----------
+    Elman, "Finding structure in time", Cognitive Science 14 (1990), 179-211. The backward pass is backpropagation
+    through time: Werbos, Proceedings of the IEEE 78 (1990), 1550-1560.
+
+    Examples
+    --------
+    >>> input, h_0 = torch.randn(7, 2, 3), torch.zeros(2, 5)
+    >>> weight_ih, weight_hh = torch.randn(5, 3), torch.randn(5, 5, requires_grad=True)
+    >>> output, h_n = rnn(input, h_0, weight_ih, weight_hh, lengths=torch.tensor([7, 4]))
+    >>> output.shape, bool((output[4:, 1] == 0).all())
+    (torch.Size([7, 2, 5]), True)
+    >>> output.square().mean().backward()
+    >>> weight_hh.grad.shape
+    torch.Size([5, 5])
+    """
+    check_tensor("input", input, ("sequence_length", "batch", "input_size"))
+    sequence_length, batch, input_size = input.shape
+    if sequence_length == 0:
+        raise ValueError("input: expected at least 1 step, got an empty sequence")
+    check_choice("nonlinearity", nonlinearity, NONLINEARITIES)
+
+    tensors = {"h_0": h_0, "weight_ih": weight_ih, "weight_hh": weight_hh, "bias_ih": bias_ih, "bias_hh": bias_hh}
+    if torch.is_autocast_enabled(input.device.type):
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input = input.to(dtype)
+        tensors = {name: t.to(dtype) if isinstance(t, Tensor) else t for name, t in tensors.items()}
+    check_tensor("h_0", tensors["h_0"], (batch, "hidden_size"), like=input)
+    hidden_size = tensors["h_0"].shape[1]
+    check_tensor("weight_ih", tensors["weight_ih"], (hidden_size, input_size), like=input)
+    check_tensor("weight_hh", tensors["weight_hh"], (hidden_size, hidden_size), like=input)
+    for name in ("bias_ih", "bias_hh"):
+        if tensors[name] is not None:
+            check_tensor(name, tensors[name], (hidden_size,), like=input)
+    if lengths is not None:
+        lengths = check_lengths(lengths, sequence_length, batch, input.device)
+    backend = resolve(input.device, input.dtype)
+    return torch.ops.rnnkernels.rnn(
+        input, *tensors.values(), lengths, nonlinearity=nonlinearity, reverse=reverse, backend=backend
+    )
+
+
+@torch.library.custom_op("rnnkernels::rnn", mutates_args=())
+def _rnn(
+    input: Tensor,
+    h_0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    lengths: Tensor | None,
+    nonlinearity: str,
+    reverse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    output = project(input, weight_ih, bias_ih, bias_hh)
+    h_n = kernels(backend, "rnn").forward(output, h_0, weight_hh, lengths, nonlinearity, reverse)
+    return output, h_n
+
+
+@_rnn.register_fake
+def _(input, h_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, nonlinearity, reverse, backend):
+    steps, batch, _ = input.shape
+    hidden_size = weight_hh.shape[1]
+    return input.new_empty(steps, batch, hidden_size), input.new_empty(batch, hidden_size)
+
+
+@torch.library.custom_op("rnnkernels::rnn_backward", mutates_args=())
+def _rnn_backward(
+    grad_output: Tensor,
+    grad_h_n: Tensor,
+    output: Tensor,
+    input: Tensor,
+    h_0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    lengths: Tensor | None,
+    nonlinearity: str,
+    reverse: bool,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of input, h_0, weight_ih, weight_hh and a bias; empty where ``needs`` says that nobody asks."""
+    grad_projected, grad_h_0 = kernels(backend, "rnn").backward(
+        grad_output, grad_h_n, output, weight_hh, lengths, nonlinearity, reverse
+    )
+    needs_input, _, needs_weight_ih, needs_weight_hh, needs_bias = needs
+    grad_input, grad_weight_ih, grad_bias = projection_gradients(
+        grad_projected, input, weight_ih, (needs_input, needs_weight_ih, needs_bias)
+    )
+    grad_weight_hh = (
+        recurrent_weight_gradient(grad_projected, output, h_0, lengths, reverse)
+        if needs_weight_hh
+        else weight_hh.new_empty(0)
+    )
+    return grad_input, grad_h_0, grad_weight_ih, grad_weight_hh, grad_bias
+
+
+@_rnn_backward.register_fake
+def _(grad_output, grad_h_n, output, input, h_0, weight_ih, weight_hh, lengths, nonlinearity, reverse, backend, needs):
+    shapes = (input.shape, h_0.shape, weight_ih.shape, weight_hh.shape, weight_hh.shape[:1])
+    always = (False, True, False, False, False)
+    return tuple(
+        input.new_empty(shape if need or kept else 0) for shape, need, kept in zip(shapes, needs, always, strict=True)
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, nonlinearity, reverse, backend = inputs
+    ctx.save_for_backward(*tensors, output[0])
+    ctx.options = dict(nonlinearity=nonlinearity, reverse=reverse, backend=backend)
+
+
+def _backward(ctx, grad_output, grad_h_n):
+    input, h_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, output = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:6])
+    if torch.is_grad_enabled():
+        return *_differentiable_backward(ctx, needs, grad_output, grad_h_n), None, None, None, None
+    grad_input, grad_h_0, grad_weight_ih, grad_weight_hh, grad_bias = torch.ops.rnnkernels.rnn_backward(
+        grad_output,
+        grad_h_n,
+        output,
+        input,
+        h_0,
+        weight_ih,
+        weight_hh,
+        lengths,
+        needs=[*needs[:4], needs[4] or needs[5]],
+        **ctx.options,
+    )
+    gradients = [grad_input, grad_h_0, grad_weight_ih, grad_weight_hh, grad_bias, grad_bias]
+    if needs[4] and needs[5]:
+        gradients[5] = grad_bias.clone()  # two parameters must not share the memory of their gradients
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None, None
+
+
+def _differentiable_backward(ctx, needs, grad_output, grad_h_n):
+    """The gradients as a graph that can be differentiated again: those of the reference."""
+    *tensors, lengths, _ = ctx.saved_tensors
+    results = reference.rnn(
+        *tensors, nonlinearity=ctx.options["nonlinearity"], reverse=ctx.options["reverse"], lengths=lengths
+    )
+    wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
+    gradients = iter(torch.autograd.grad(results, wanted, (grad_output, grad_h_n), create_graph=True))
+    return [next(gradients) if need else None for need in needs]
+
+
+_rnn.register_autograd(_backward, setup_context=_setup_context)
