@@ -13,6 +13,11 @@ READY := $(VENV)/.ready
 # One thread for each process: small recurrent steps run many times slower on a shared pool of threads.
 ONE_THREAD := OMP_NUM_THREADS=1
 
+# A broken interpreter (after an upgrade of the system's Python, say) makes the environment anew.
+ifneq ($(shell $(PY) -c 'print(1)' 2>/dev/null),1)
+.PHONY: $(READY)
+endif
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
@@ -61,9 +66,13 @@ gpu-visit: $(READY)            ## on a machine with a GPU: tests, then benchmark
 env: $(READY)                  ## create .venv and install everything at the pinned versions
 	@echo "The environment is ready: . $(BIN)/activate"
 
-$(READY): pyproject.toml constraints.txt tools/environment.sh
+$(READY): pyproject.toml constraints.txt tools/environment.sh | space
 	@PYTHON="$(PYTHON)" tools/environment.sh $(VENV) $(EXTRAS)
 	@touch $@
+
+# Checked before everything else, since few tools report a full disk well
+space:
+	@tools/check_space.sh 200
 
 # uv keeps the versions that constraints.txt already has; UV_ARGS="--upgrade" or "--upgrade-package torch" renews them.
 constraints: $(READY)          ## resolve constraints.txt anew from pyproject.toml, for all Pythons at once
@@ -82,4 +91,4 @@ help:                          ## list these commands
 	@awk 'BEGIN { FS = ":.*##" } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
 		/^[a-z-]+:.*##/ { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
-.PHONY: bench book clean constraints distclean env format gpu-visit help lab lint serve test test-notebooks test-pages test-unit
+.PHONY: bench book clean constraints distclean env format gpu-visit help lab lint serve space test test-notebooks test-pages test-unit

@@ -8,7 +8,6 @@ log=$venv/install.log
 
 say() { printf '%s\n' "$*" >&2; }
 die() { say "Error: $*"; exit 1; }
-megabytes_free() { df -Pk "$1" 2>/dev/null | awk 'NR == 2 { print int($4 / 1024) }'; }
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; }
 has_venv() { "$1" -c 'import ensurepip, venv' >/dev/null 2>&1; }
@@ -30,12 +29,9 @@ find_python() {
 }
 
 explain_failure() {
-    for place in . "${TMPDIR:-/tmp}"; do
-        free=$(megabytes_free "$place")
-        [ "${free:-999999}" -ge 100 ] || die "the disk is full ($free MB free at $place); free some space and run make again."
-    done
+    tools/check_space.sh 200 || exit 1
     if grep -q 'No space left on device' "$log" 2>/dev/null; then
-        die "the disk is full; free some space (about 4 GB, with CUDA builds 12 GB) and run make again."
+        die "the disk is full; the environment needs about 4 GB (12 GB where pip chooses CUDA builds)."
     elif grep -q -e 'NewConnectionError' -e 'NameResolutionError' -e 'Failed to establish a new connection' \
         -e 'ConnectTimeout' -e 'ReadTimeout' -e 'ConnectionResetError' -e 'ProxyError' -e 'Connection refused' -e 'SSLError' "$log" 2>/dev/null
     then
@@ -46,9 +42,7 @@ explain_failure() {
 
 if ! { [ -x "$venv/bin/python" ] && new_enough "$venv/bin/python" && "$venv/bin/python" -m pip --version >/dev/null 2>&1; }; then
     find_python
-    free=$(megabytes_free .)
-    [ "${free:-999999}" -ge 4000 ] ||
-        die "only $free MB are free here; the environment needs about 4 GB (12 GB where pip chooses CUDA builds)."
+    tools/check_space.sh 4000 || exit 1
     say "Creating $venv with $python ($(version_of "$python"))."
     "$python" -m venv --clear "$venv" || explain_failure
 fi

@@ -1,0 +1,96 @@
+"""Build the book: execute the chapters that changed, render every page, and stop on any warning.
+
+Outputs of executed chapters are kept in ``_build/.jupyter_cache``, which looks up a chapter by its code alone. What that
+leaves out, the package and everything else that a chapter's code reads, is fingerprinted here; when it changes, every
+chapter is executed again. Pages are always rendered together, because one page can show another's numbers and titles.
+
+The environment variables REPOSITORY_URL, REPOSITORY_BRANCH and BOOK_URL, which the publishing workflow sets, add the
+links to the repository and the pages' own address.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "_build"
+STATE = BUILD / "state.json"
+CONFIG = BUILD / "_config.yml"
+INDEX = BUILD / "html" / "index.html"
+# What a chapter's outputs depend on beside its own code
+READ_BY_CHAPTERS = ["rnnkernels/**/*.py", "book/*.py", "book/data/**/*", "benchmarks/results/**/*.json"]
+# What the pages depend on beside that
+READ_BY_PAGES = ["_toc.yml", "book/**/*", "_extra/**/*", "tools/build_book.py", "*.md", "CITATION.cff"]
+IGNORED = {"__pycache__", ".ipynb_checkpoints", ".jupyter_cache"}
+
+
+def fingerprint(patterns, start=""):
+    """Return a hash of the names and contents of all files under the root that match, and of `start`."""
+    digest = hashlib.sha256(start.encode())
+    for path in sorted({path for pattern in patterns for path in ROOT.glob(pattern)}):
+        if path.is_file() and not IGNORED & set(path.parts):
+            digest.update(f"\0{path.relative_to(ROOT).as_posix()}\0".encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def installed():
+    """Return the versions of Python and of every installed distribution."""
+    versions = sorted({f"{entry.name}=={entry.version}" for entry in metadata.distributions()})
+    return "\n".join([platform.python_version(), *versions])
+
+
+def configuration():
+    """Return _config.yml with the addresses that only the publishing workflow knows."""
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    html = config.setdefault("html", {})
+    if url := os.environ.get("REPOSITORY_URL"):
+        config["repository"] = {"url": url, "branch": os.environ.get("REPOSITORY_BRANCH", "main"), "path_to_book": ""}
+        html |= {"use_repository_button": True, "use_issues_button": True, "use_edit_page_button": True}
+    if url := os.environ.get("BOOK_URL"):
+        html["baseurl"] = url
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+
+
+def main():
+    config = configuration()
+    chapters = fingerprint(READ_BY_CHAPTERS, start=installed())
+    pages = fingerprint(READ_BY_PAGES, start=chapters + config)
+    state = json.loads(STATE.read_text()) if STATE.exists() else {}
+    if state.get("pages") == pages and INDEX.exists():
+        print(f"The book is up to date; open {INDEX.as_uri()}")
+        return 0
+
+    BUILD.mkdir(exist_ok=True)
+    stale = ["html", ".doctrees", "jupyter_execute"]
+    if state.get("chapters") != chapters:
+        stale.append(".jupyter_cache")
+    for name in stale:
+        shutil.rmtree(BUILD / name, ignore_errors=True)
+    # Written before the build: chapters that succeed are kept when a later one fails.
+    STATE.write_text(json.dumps({"chapters": chapters}))
+    CONFIG.write_text(config, encoding="utf-8")
+
+    jupyter_book = Path(sys.executable).with_name("jupyter-book")
+    command = [jupyter_book, "build", ".", "--config", CONFIG, "-n", "-W", "--keep-going"]
+    if subprocess.run(command, cwd=ROOT).returncode:
+        print("Error: the book was not built without warnings; they are above. make book tries again.", file=sys.stderr)
+        return 1
+    STATE.write_text(json.dumps({"chapters": chapters, "pages": pages}))
+    print(f"\nThe book is built; open {INDEX.as_uri()}, or see it with make serve")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
