@@ -10,8 +10,8 @@ from . import _checks
 def pydoc_topics(*, unique=True):
     """Text of Python's own language reference, from the standard library's `pydoc_data.topics`.
 
-    These are the pages that ``help("while")`` or ``help("CONVERSION")`` print. Many of them contain each other, so about
-    a fifth of the text occurs twice; left in, the copies put parts of a training text into its test text.
+    These are the pages that ``help("while")`` or ``help("CONVERSION")`` print. Many of them contain each other, so
+    about a fifth of the text occurs twice; left in, the copies put parts of a training text into its test text.
 
     Parameters
     ----------
@@ -131,8 +131,8 @@ class Vocabulary:
 def token_streams(tokens, batch_size):
     """Lay one long sequence of tokens out as parallel contiguous streams, with the next token as target.
 
-    Column ``b`` of the result is one unbroken piece of the text, and column ``b + 1`` goes on where column ``b`` stops. A
-    hidden state may therefore be carried from one chunk of rows to the next; cut chunks with `torch.Tensor.split`.
+    Column ``b`` of the result is one unbroken piece of the text, and column ``b + 1`` goes on where column ``b`` stops.
+    A hidden state may therefore be carried from one chunk of rows to the next; cut chunks with `torch.Tensor.split`.
 
     Parameters
     ----------
@@ -144,8 +144,8 @@ def token_streams(tokens, batch_size):
     Returns
     -------
     inputs, targets : torch.Tensor, shape (T, B)
-        ``targets[t, b]`` is the token after ``inputs[t, b]``; ``T = (N - 1) // B``. The last ``(N - 1) % B`` tokens that fill
-        no row are left out.
+        ``targets[t, b]`` is the token after ``inputs[t, b]``; ``T = (N - 1) // B``. The last ``(N - 1) % B``
+        tokens, which fill no row, are left out.
 
     Raises
     ------
