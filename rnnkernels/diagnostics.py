@@ -10,6 +10,8 @@ import weakref
 
 import torch
 
+from rnnkernels.ops._checks import check_choice, check_tensor
+
 __all__ = [
     "gradient_norm_per_lag",
     "jacobian_product",
@@ -27,17 +29,16 @@ _SLOPES_FROM_OUTPUT = {
 }
 
 
-def _check_tensor(name, value, what):
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: expected {what}, got {type(value).__name__}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: expected {what} with a floating-point dtype, got {value.dtype}")
+def _with_middle(value, first, last):
+    """A shape for check_tensor that has as many dimensions between ``first`` and ``last`` as ``value`` has."""
+    rank = value.dim() if isinstance(value, torch.Tensor) else 0
+    return (*first, *["..."] * (rank - len(first) - len(last)), *last)
 
 
-def _check_square(name, value, what):
-    _check_tensor(name, value, what)
-    if value.dim() < 2 or value.shape[-1] != value.shape[-2] or value.shape[-1] == 0:
-        raise ValueError(f"{name}: expected {what}, got shape {tuple(value.shape)}")
+def _check_square(name, value, shape):
+    check_tensor(name, value, shape)
+    if value.shape[-1] != value.shape[-2] or value.shape[-1] == 0:
+        raise ValueError(f"{name}: expected square matrices, at least 1 by 1, got shape {tuple(value.shape)}")
 
 
 def spectral_radius(matrix):
@@ -75,7 +76,7 @@ def spectral_radius(matrix):
     >>> round(spectral_radius(torch.tensor([[0.0, 2.0], [-2.0, 0.0]])).item(), 6)  # eigenvalues +-2i
     2.0
     """
-    _check_square("matrix", matrix, "a square matrix (..., H, H)")
+    _check_square("matrix", matrix, _with_middle(matrix, (), ("H", "H")))
     if matrix.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"matrix: expected float32 or float64, got {matrix.dtype}")
     return torch.linalg.eigvals(matrix.detach()).abs().amax(-1)
@@ -126,16 +127,9 @@ def state_jacobians(weight_hh, states, nonlinearity="tanh"):
     tensor([[[0.0000, 1.5000],
              [1.0000, 0.0000]]])
     """
-    _check_square("weight_hh", weight_hh, "a square matrix (H, H)")
-    if weight_hh.dim() != 2:
-        raise ValueError(f"weight_hh: expected a square matrix (H, H), got shape {tuple(weight_hh.shape)}")
-    _check_tensor("states", states, "states (T, ..., H)")
-    if states.dim() < 2 or states.shape[-1] != weight_hh.shape[0]:
-        raise ValueError(
-            f"states: expected shape (T, ..., H) with H = {weight_hh.shape[0]} as in weight_hh, got {tuple(states.shape)}"
-        )
-    if nonlinearity not in _SLOPES_FROM_OUTPUT:
-        raise ValueError(f"nonlinearity: expected one of {sorted(_SLOPES_FROM_OUTPUT)}, got {nonlinearity!r}")
+    _check_square("weight_hh", weight_hh, ("H", "H"))
+    check_tensor("states", states, _with_middle(states, ("T",), weight_hh.shape[:1]), like=weight_hh)
+    check_choice("nonlinearity", nonlinearity, tuple(_SLOPES_FROM_OUTPUT))
     return _SLOPES_FROM_OUTPUT[nonlinearity](states).unsqueeze(-1) * weight_hh
 
 
@@ -182,9 +176,7 @@ def jacobian_product(jacobians):
             [4.0000, 0.2500],
             [8.0000, 0.1250]])
     """
-    _check_square("jacobians", jacobians, "Jacobians (T, ..., H, H)")
-    if jacobians.dim() < 3:
-        raise ValueError(f"jacobians: expected shape (T, ..., H, H), got {tuple(jacobians.shape)}")
+    _check_square("jacobians", jacobians, _with_middle(jacobians, ("T",), ("H", "H")))
     identity = torch.eye(jacobians.shape[-1], dtype=jacobians.dtype, device=jacobians.device)
     products = [identity.expand(jacobians.shape[1:])]
     for jacobian in jacobians.flip(0):
@@ -256,14 +248,11 @@ def gradient_norm_per_lag(module, input, hx=None, *, cotangent=None, wrt="state"
     >>> bool((norms - 1).abs().max() < 1e-5)
     True
     """
-    _check_tensor("input", input, "a tensor (T, B, I)")
-    if input.dim() != 3:
-        raise ValueError(f"input: expected three dimensions (T, B, I), got shape {tuple(input.shape)}")
-    if wrt not in ("state", "input"):
-        raise ValueError(f"wrt: expected 'state' or 'input', got {wrt!r}")
+    time = 1 if getattr(module, "batch_first", False) else 0
+    check_tensor("input", input, ("B", "T", "I") if time else ("T", "B", "I"))
+    check_choice("wrt", wrt, ("state", "input"))
     if getattr(module, "bidirectional", False):
         raise ValueError("module: expected one direction, got a bidirectional module, where no lag is defined")
-    time = 1 if getattr(module, "batch_first", False) else 0
     if input.shape[time] == 0:
         raise ValueError(f"input: expected at least one time step, got shape {tuple(input.shape)}")
 
@@ -281,17 +270,22 @@ def gradient_norm_per_lag(module, input, hx=None, *, cotangent=None, wrt="state"
         if cotangent is None:
             cotangent = torch.randn(output.shape, dtype=output.dtype, device=output.device, generator=generator)
             cotangent = cotangent / cotangent.norm(dim=-1, keepdim=True)
-        elif cotangent.shape != output.shape:
-            raise ValueError(
-                f"cotangent: expected shape {tuple(output.shape)}, that of the last output, got {tuple(cotangent.shape)}"
-            )
+        check_tensor("cotangent", cotangent, output.shape, like=output)
         # one row of parts a lag: an LSTM's state has two parts of shape (layers, B, H)
         rows = [s if isinstance(s, tuple) else (s,) for s in states] if wrt == "state" else [(s,) for s in steps]
-        gradients = torch.autograd.grad(output, [part for row in rows for part in row], cotangent)
+        gradients = iter(torch.autograd.grad(output, [part for row in rows for part in row], cotangent))
     batch = 1 if wrt == "state" else 1 - time
-    squares = torch.stack([g.square().movedim(batch, 0).flatten(1).sum(1) for g in gradients])
-    norms = squares.unflatten(0, (-1, len(rows[0]))).sum(1).sqrt().flip(0)
-    return torch.cat([cotangent.norm(dim=-1).unsqueeze(0), norms]) if wrt == "state" else norms
+    gradients = [torch.cat([next(gradients).movedim(batch, 0).flatten(1) for _ in row], dim=1) for row in rows]
+    if wrt == "state":
+        gradients.append(cotangent)
+    return torch.stack([_norm(gradient) for gradient in reversed(gradients)])
+
+
+def _norm(vectors):
+    """Norms of the rows, exact where the squares would underflow: a vanished gradient is not yet zero."""
+    limits = torch.finfo(vectors.dtype)
+    scale = vectors.abs().amax(-1, keepdim=True).clamp(limits.tiny, limits.max)
+    return scale.squeeze(-1) * (vectors / scale).norm(dim=-1)
 
 
 def _map_state(function, state):
