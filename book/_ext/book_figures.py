@@ -21,11 +21,12 @@ def add_dark_variants(app, doctree):
             continue
         variant = path.with_name(f"{path.stem}-dark.svg")
         variant.write_text(dark(path.read_text(encoding="utf-8")), encoding="utf-8")
-        other = image.deepcopy()
+        light, other = image.deepcopy(), image.deepcopy()
+        light["classes"] = [*image["classes"], "only-light"]
+        other["classes"] = [*image["classes"], "only-dark"]
         other["uri"] = image["uri"].removesuffix(path.name) + variant.name
-        image["classes"] = image["classes"] + ["only-light"]
-        other["classes"] = other["classes"] + ["only-dark"]
-        image.parent.insert(image.parent.index(image) + 1, other)
+        # Within one container, since the theme hides a caption that stands beside an image of the other theme.
+        image.replace_self(nodes.container("", light, other, classes=["figure-variants"]))
 
 
 def setup(app):

@@ -1,8 +1,8 @@
 """Sphinx extension: pages that ask nothing of the network.
 
 MathJax comes from the installed package ``sphinx-mathjax-offline``, of which one file is enough. sphinx-thebe, which
-Jupyter Book always loads, is taken off the pages: it names a CDN, and declares its constants twice, which is an error in
-the browser's console.
+Jupyter Book always loads, is taken off the pages: it names a CDN, and declares its constants twice, which the browser
+reports as an error.
 """
 
 import importlib.util
