@@ -186,10 +186,11 @@ def test_gradient_norm_works_under_no_grad_and_in_eval_mode():
 
 
 def test_gradient_norm_below_the_range_of_its_squares():
-    module = torch.nn.RNN(INPUT, 1)
+    module = torch.nn.RNN(INPUT, H)
     with torch.no_grad():
-        module.weight_ih_l0.zero_(), module.bias_ih_l0.zero_(), module.bias_hh_l0.zero_()
-        module.weight_hh_l0.fill_(2.0**-10)  # with states at zero, one lag is one factor of 2**-10
+        for parameter in module.parameters():
+            parameter.zero_()
+        module.weight_hh_l0.fill_diagonal_(2.0**-10)  # with states at zero, one lag is one factor of 2**-10
     norms = diagnostics.gradient_norm_per_lag(module, torch.zeros(12, B, INPUT))
     expected = torch.tensor([2.0 ** (-10 * k) for k in range(13)]).unsqueeze(1).expand(13, B)
     torch.testing.assert_close(norms, expected, rtol=1e-6, atol=0)  # 2**-120, its square is not a float32
