@@ -3,14 +3,10 @@
 Outputs of executed chapters are kept in ``_build/.jupyter_cache``, which looks up a chapter by its code alone. What that
 leaves out, the package and everything else that a chapter's code reads, is fingerprinted here; when it changes, every
 chapter is executed again. Pages are always rendered together, because one page can show another's numbers and titles.
-
-The environment variables REPOSITORY_URL, REPOSITORY_BRANCH and BOOK_URL, which the publishing workflow sets, add the
-links to the repository and the pages' own address.
 """
 
 import hashlib
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -18,17 +14,14 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import yaml
-
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "_build"
 STATE = BUILD / "state.json"
-CONFIG = BUILD / "_config.yml"
 INDEX = BUILD / "html" / "index.html"
 # What a chapter's outputs depend on beside its own code
 READ_BY_CHAPTERS = ["rnnkernels/**/*.py", "book/*.py", "book/data/**/*", "benchmarks/results/**/*.json"]
 # What the pages depend on beside that
-READ_BY_PAGES = ["_toc.yml", "book/**/*", "_extra/**/*", "tools/build_book.py", "*.md", "CITATION.cff"]
+READ_BY_PAGES = ["_config.yml", "_toc.yml", "book/**/*", "_extra/**/*", "tools/build_book.py", "*.md", "CITATION.cff"]
 IGNORED = {"__pycache__", ".ipynb_checkpoints", ".jupyter_cache"}
 
 
@@ -48,22 +41,9 @@ def installed():
     return "\n".join([platform.python_version(), *versions])
 
 
-def configuration():
-    """Return _config.yml with the addresses that only the publishing workflow knows."""
-    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
-    html = config.setdefault("html", {})
-    if url := os.environ.get("REPOSITORY_URL"):
-        config["repository"] = {"url": url, "branch": os.environ.get("REPOSITORY_BRANCH", "main"), "path_to_book": ""}
-        html |= {"use_repository_button": True, "use_issues_button": True, "use_edit_page_button": True}
-    if url := os.environ.get("BOOK_URL"):
-        html["baseurl"] = url
-    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-
-
 def main():
-    config = configuration()
     chapters = fingerprint(READ_BY_CHAPTERS, start=installed())
-    pages = fingerprint(READ_BY_PAGES, start=chapters + config)
+    pages = fingerprint(READ_BY_PAGES, start=chapters)
     state = json.loads(STATE.read_text()) if STATE.exists() else {}
     if state.get("pages") == pages and INDEX.exists():
         print(f"The book is up to date; open {INDEX.as_uri()}")
@@ -77,10 +57,9 @@ def main():
         shutil.rmtree(BUILD / name, ignore_errors=True)
     # Written before the build: chapters that succeed are kept when a later one fails.
     STATE.write_text(json.dumps({"chapters": chapters}))
-    CONFIG.write_text(config, encoding="utf-8")
 
     jupyter_book = Path(sys.executable).with_name("jupyter-book")
-    command = [jupyter_book, "build", ".", "--config", CONFIG, "-n", "-W", "--keep-going"]
+    command = [jupyter_book, "build", ".", "-n", "-W", "--keep-going"]
     if subprocess.run(command, cwd=ROOT).returncode:
         print("Error: the book was not built without warnings; they are above. make book tries again.", file=sys.stderr)
         return 1
