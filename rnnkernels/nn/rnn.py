@@ -82,7 +82,16 @@ class RNN(torch.nn.RNNBase):
         # torch's base class knows two modes; ours differ in the activation alone.
         mode = "RNN_RELU" if nonlinearity == "relu" else "RNN_TANH"
         super().__init__(
-            mode, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device=device, dtype=dtype
+            mode,
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
         )
 
     def flatten_parameters(self) -> None:

@@ -1,6 +1,5 @@
 """The plain RNN over a whole sequence."""
 
-
 import torch
 from torch import Tensor
 
@@ -28,10 +27,10 @@ def rnn(
 
     .. math:: h_t = f(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
 
-    Differentiable in every tensor, from the gradients of both results; twice where ``create_graph=True``. Triton kernels
-    do the work on CUDA tensors, PyTorch on all others (see :func:`rnnkernels.use_backend`). Accumulation is in float32
-    or better; float32 products on a GPU follow ``torch.get_float32_matmul_precision()``. The same call gives the same
-    bits each time.
+    Differentiable in every tensor, from the gradients of both results; twice where ``create_graph=True``. Triton
+    kernels do the work on CUDA tensors, PyTorch on all others (see :func:`rnnkernels.use_backend`). Accumulation is in
+    float32 or better; float32 products on a GPU follow ``torch.get_float32_matmul_precision()``. The same call gives
+    the same bits each time.
 
     Parameters
     ----------
@@ -124,7 +123,8 @@ def _rnn(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     output = project(input, weight_ih, bias_ih, bias_hh)
-    h_n = kernels(backend, "rnn").forward(output, h_0, weight_hh, lengths, nonlinearity, reverse)
+    with torch.cuda.device_of(input):
+        h_n = kernels(backend, "rnn").forward(output, h_0, weight_hh, lengths, nonlinearity, reverse)
     return output, h_n
 
 
@@ -151,9 +151,10 @@ def _rnn_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, h_0, weight_ih, weight_hh and a bias; empty where ``needs`` says that nobody asks."""
-    grad_projected, grad_h_0 = kernels(backend, "rnn").backward(
-        grad_output, grad_h_n, output, weight_hh, lengths, nonlinearity, reverse
-    )
+    with torch.cuda.device_of(input):
+        grad_projected, grad_h_0 = kernels(backend, "rnn").backward(
+            grad_output, grad_h_n, output, weight_hh, lengths, nonlinearity, reverse
+        )
     needs_input, _, needs_weight_ih, needs_weight_hh, needs_bias = needs
     grad_input, grad_weight_ih, grad_bias = projection_gradients(
         grad_projected, input, weight_ih, (needs_input, needs_weight_ih, needs_bias)
@@ -178,11 +179,11 @@ def _(grad_output, grad_h_n, output, input, h_0, weight_ih, weight_hh, lengths, 
 def _setup_context(ctx, inputs, output):
     *tensors, nonlinearity, reverse, backend = inputs
     ctx.save_for_backward(*tensors, output[0])
-    ctx.options = dict(nonlinearity=nonlinearity, reverse=reverse, backend=backend)
+    ctx.options = {"nonlinearity": nonlinearity, "reverse": reverse, "backend": backend}
 
 
 def _backward(ctx, grad_output, grad_h_n):
-    input, h_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, output = ctx.saved_tensors
+    input, h_0, weight_ih, weight_hh, _, _, lengths, output = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:6])
     if torch.is_grad_enabled():
         return *_differentiable_backward(ctx, needs, grad_output, grad_h_n), None, None, None, None

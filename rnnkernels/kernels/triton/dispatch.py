@@ -1,0 +1,111 @@
+"""Which design and tile a recurrence runs with, and why: the one table of it.
+
+Resource figures come from offline compilation (Triton 3.7), which ``tests/test_compilation.py`` repeats for every row.
+No row has been timed on a GPU yet.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Resident:
+    """One program takes a tile of the batch through all steps, the recurrent weights in its shared memory."""
+
+    block_batch: int
+    """Rows of the batch in a program."""
+    block_hidden: int
+    """Hidden units: ``hidden_size`` rounded up to a power of two, at least 16."""
+    num_warps: int
+    """Warps in a program."""
+
+    def grid(self, batch: int, hidden_size: int) -> tuple[int]:
+        """Programs in a launch."""
+        return (triton.cdiv(batch, self.block_batch),)
+
+    def constants(self) -> dict[str, int]:
+        """What a launch passes of this."""
+        return {"BLOCK_BATCH": self.block_batch, "BLOCK_HIDDEN": self.block_hidden, "num_warps": self.num_warps}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One launch a step; its programs tile (batch, hidden) and stream the recurrent weights."""
+
+    block_batch: int
+    """Rows of the batch in a program."""
+    block_hidden: int
+    """Hidden units in a program."""
+    block_inner: int
+    """Hidden units of the previous step that it takes at a time."""
+    num_warps: int
+    """Warps in a program."""
+    num_stages: int
+    """Stages of the pipeline that loads the weights."""
+
+    def grid(self, batch: int, hidden_size: int) -> tuple[int, int]:
+        """Programs in a launch."""
+        return triton.cdiv(batch, self.block_batch), triton.cdiv(hidden_size, self.block_hidden)
+
+    def constants(self) -> dict[str, int]:
+        """What a launch passes of this."""
+        return {
+            "BLOCK_BATCH": self.block_batch,
+            "BLOCK_HIDDEN": self.block_hidden,
+            "BLOCK_INNER": self.block_inner,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+def multiplication(dtype: torch.dtype) -> str:
+    """How products of this type are formed: ``"16-bit"``, ``"tf32"`` or ``"ieee"``.
+
+    float32 follows ``torch.get_float32_matmul_precision()``: "highest" is IEEE arithmetic, "high" and "medium" TF32.
+    """
+    if dtype != torch.float32:
+        return "16-bit"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """The ``input_precision`` that ``tl.dot`` takes for it."""
+    return "tf32" if multiplication(dtype) == "tf32" else "ieee"
+
+
+RESIDENT = {
+    # (cell, multiplication): {block_hidden: (num_warps, bytes of shared memory that the larger kernel needs)}
+    # Above the last row the weights do not fit (16-bit, tf32) or the kernel spills thousands of bytes (ieee).
+    ("rnn", "16-bit"): {16: (4, 2048), 32: (4, 5120), 64: (4, 12288), 128: (8, 40960), 256: (8, 147456)},
+    ("rnn", "tf32"): {16: (4, 4096), 32: (4, 8192), 64: (4, 24576), 128: (8, 81920)},
+    ("rnn", "ieee"): {16: (4, 4096), 32: (4, 8192), 64: (4, 24576)},
+}
+
+STEP = {
+    # (hidden_size is a multiple of 16, batch is above 64): tile. Every one fits the 99 KiB of the smallest GPU.
+    (True, False): Step(block_batch=16, block_hidden=32, block_inner=64, num_warps=4, num_stages=3),
+    (True, True): Step(block_batch=64, block_hidden=64, block_inner=32, num_warps=4, num_stages=3),
+    # Rows that start off a 16-byte boundary load element by element: larger tiles run out of registers.
+    (False, False): Step(block_batch=16, block_hidden=32, block_inner=32, num_warps=4, num_stages=3),
+    (False, True): Step(block_batch=16, block_hidden=32, block_inner=32, num_warps=4, num_stages=3),
+}
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may use; an H100's where the interpreter stands in for a GPU."""
+    if device.type == "cpu":
+        return 227 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def choose(cell: str, hidden_size: int, batch: int, dtype: torch.dtype, device: torch.device) -> Resident | Step:
+    """The design for a recurrence, forward and backward."""
+    block_hidden = max(16, triton.next_power_of_2(hidden_size))
+    num_warps, needed = RESIDENT[cell, multiplication(dtype)].get(block_hidden, (0, None))
+    if needed is not None and needed <= shared_memory(device):
+        return Resident(block_batch=16, block_hidden=block_hidden, num_warps=num_warps)
+    return STEP[hidden_size % 16 == 0, batch > 64]

@@ -1,0 +1,335 @@
+"""The plain RNN's recurrence on a GPU.
+
+Two designs (``dispatch`` chooses):
+
+- *resident*: one program takes a tile of the batch through all steps, with the whole of W_hh in its shared memory.
+- *step*: one launch a step, whose programs tile (batch, hidden) and stream W_hh from the L2 cache. Fits any size.
+
+Both read the projected input from ``output`` and leave the states there. States pass from step to step in the tensors'
+own type, sums are float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rnnkernels.kernels.triton.dispatch import Resident, choose, input_precision
+from rnnkernels.kernels.triton.pointwise import activate, through_activation
+
+RUNTIME = ("sequence_length", "batch", "time")
+"""Arguments on whose value no kernel is specialized: a new length or batch compiles nothing."""
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def forward_resident(
+    output,
+    h_0,
+    weight_hh,
+    lengths,
+    h_n,
+    sequence_length,
+    batch,
+    hidden_size,
+    NONLINEARITY: tl.constexpr,
+    REVERSE: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
+    columns = tl.arange(0, BLOCK_HIDDEN)
+    mask = (rows < batch)[:, None] & (columns < hidden_size)[None, :]
+    tile = rows.to(tl.int64)[:, None] * hidden_size + columns[None, :]
+    # W_hh transposed: row k, column n holds the weight from unit k to unit n.
+    square = (columns < hidden_size)[:, None] & (columns < hidden_size)[None, :]
+    weight = tl.load(weight_hh + columns[None, :] * hidden_size + columns[:, None], mask=square, other=0.0)
+    h = tl.load(h_0 + tile, mask=mask, other=0.0)
+    if HAS_LENGTHS:
+        length = tl.load(lengths + rows, mask=rows < batch, other=0)[:, None]
+
+    stride = tl.cast(batch, tl.int64) * hidden_size
+    if REVERSE:
+        states = output + (sequence_length - 1) * stride + tile
+        stride = -stride
+    else:
+        states = output + tile
+    projected = tl.load(states, mask=mask, other=0.0)
+    zero = tl.zeros_like(mask.to(tl.int32))
+    for step in range(sequence_length):
+        # Asked for a step ahead, so that the memory answers during the product.
+        ahead = tl.load(states + stride, mask=mask & (zero < sequence_length - 1 - step), other=0.0)
+        a = tl.dot(h, weight, acc=projected.to(tl.float32), input_precision=PRECISION)
+        new = activate(a, NONLINEARITY).to(h.dtype)
+        if HAS_LENGTHS:
+            if REVERSE:
+                active = sequence_length - 1 - step < length
+            else:
+                active = step < length
+            h = tl.where(active, new, h)
+            tl.store(states, tl.where(active, new, 0.0), mask=mask)
+        else:
+            h = new
+            tl.store(states, new, mask=mask)
+        states += stride
+        projected = ahead
+    tl.store(h_n + tile, h, mask=mask)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def backward_resident(
+    grad_output,
+    grad_h_n,
+    output,
+    weight_hh,
+    lengths,
+    grad_projected,
+    grad_h_0,
+    sequence_length,
+    batch,
+    hidden_size,
+    NONLINEARITY: tl.constexpr,
+    REVERSE: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
+    columns = tl.arange(0, BLOCK_HIDDEN)
+    mask = (rows < batch)[:, None] & (columns < hidden_size)[None, :]
+    tile = rows.to(tl.int64)[:, None] * hidden_size + columns[None, :]
+    square = (columns < hidden_size)[:, None] & (columns < hidden_size)[None, :]
+    weight = tl.load(weight_hh + columns[:, None] * hidden_size + columns[None, :], mask=square, other=0.0)
+    carried = tl.load(grad_h_n + tile, mask=mask, other=0.0).to(tl.float32)
+    if HAS_LENGTHS:
+        length = tl.load(lengths + rows, mask=rows < batch, other=0)[:, None]
+
+    # The steps run against the order of the forward pass.
+    stride = tl.cast(batch, tl.int64) * hidden_size
+    if REVERSE:
+        offset = tile
+    else:
+        offset = (sequence_length - 1) * stride + tile
+        stride = -stride
+    y = tl.load(output + offset, mask=mask, other=0.0)
+    outer = tl.load(grad_output + offset, mask=mask, other=0.0)
+    zero = tl.zeros_like(mask.to(tl.int32))
+    for step in range(sequence_length):
+        more = mask & (zero < sequence_length - 1 - step)
+        y_ahead = tl.load(output + offset + stride, mask=more, other=0.0)
+        outer_ahead = tl.load(grad_output + offset + stride, mask=more, other=0.0)
+        gradient = through_activation(carried + outer.to(tl.float32), y.to(tl.float32), NONLINEARITY)
+        if HAS_LENGTHS:
+            if REVERSE:
+                active = step < length
+            else:
+                active = sequence_length - 1 - step < length
+            gradient = tl.where(active, gradient, 0.0)
+        inner = gradient.to(weight.dtype)
+        tl.store(grad_projected + offset, inner, mask=mask)
+        product = tl.dot(inner, weight, input_precision=PRECISION)
+        if HAS_LENGTHS:
+            carried = tl.where(active, product, carried)
+        else:
+            carried = product
+        offset += stride
+        y = y_ahead
+        outer = outer_ahead
+    tl.store(grad_h_0 + tile, carried, mask=mask)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def forward_step(
+    states,
+    previous,
+    weight_hh,
+    lengths,
+    following,
+    time,
+    batch,
+    hidden_size,
+    NONLINEARITY: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+):
+    """One step: ``states`` holds the projected input of this step and receives its states.
+
+    With lengths, ``following`` receives the state to go on from, which stands still where a sequence has ended.
+    """
+    rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
+    columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+    inner = tl.arange(0, BLOCK_INNER)
+    row_mask, column_mask = rows < batch, columns < hidden_size
+    mask = row_mask[:, None] & column_mask[None, :]
+    row_offset = rows.to(tl.int64)[:, None] * hidden_size
+    tile = row_offset + columns[None, :]
+    weight_tile = columns.to(tl.int64)[None, :] * hidden_size
+    a = tl.load(states + tile, mask=mask, other=0.0).to(tl.float32)
+    for start in range(0, hidden_size, BLOCK_INNER):
+        k = start + inner
+        h = tl.load(previous + row_offset + k[None, :], mask=row_mask[:, None] & (k < hidden_size)[None, :], other=0.0)
+        w = tl.load(
+            weight_hh + weight_tile + k[:, None], mask=(k < hidden_size)[:, None] & column_mask[None, :], other=0.0
+        )
+        a = tl.dot(h, w, acc=a, input_precision=PRECISION)
+    new = activate(a, NONLINEARITY).to(states.dtype.element_ty)
+    if HAS_LENGTHS:
+        active = time < tl.load(lengths + rows, mask=row_mask, other=0)[:, None]
+        old = tl.load(previous + tile, mask=mask, other=0.0)
+        tl.store(following + tile, tl.where(active, new, old), mask=mask)
+        new = tl.where(active, new, 0.0)
+    tl.store(states + tile, new, mask=mask)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def backward_step(
+    grad_output,
+    output,
+    carried,
+    weight_hh,
+    lengths,
+    grad_projected,
+    following,
+    time,
+    batch,
+    hidden_size,
+    NONLINEARITY: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+):
+    """One step back: from ``carried``, the float32 gradient of this step's state from later ones, to ``following``."""
+    rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
+    columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+    inner = tl.arange(0, BLOCK_INNER)
+    row_mask, column_mask = rows < batch, columns < hidden_size
+    row_offset = rows.to(tl.int64)[:, None] * hidden_size
+    if HAS_LENGTHS:
+        active = time < tl.load(lengths + rows, mask=row_mask, other=0)[:, None]
+    product = tl.zeros((BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
+    for start in range(0, hidden_size, BLOCK_INNER):
+        k = start + inner
+        tile = row_offset + k[None, :]
+        mask = row_mask[:, None] & (k < hidden_size)[None, :]
+        y = tl.load(output + tile, mask=mask, other=0.0).to(tl.float32)
+        outer = tl.load(grad_output + tile, mask=mask, other=0.0).to(tl.float32)
+        gradient = through_activation(tl.load(carried + tile, mask=mask, other=0.0) + outer, y, NONLINEARITY)
+        if HAS_LENGTHS:
+            gradient = tl.where(active, gradient, 0.0)
+        gradient = gradient.to(grad_projected.dtype.element_ty)
+        if tl.program_id(1) == 0:
+            tl.store(grad_projected + tile, gradient, mask=mask)
+        w = tl.load(
+            weight_hh + k.to(tl.int64)[:, None] * hidden_size + columns[None, :],
+            mask=(k < hidden_size)[:, None] & column_mask[None, :],
+            other=0.0,
+        )
+        product = tl.dot(gradient, w, acc=product, input_precision=PRECISION)
+    tile = row_offset + columns[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
+    if HAS_LENGTHS:
+        product = tl.where(active, product, tl.load(carried + tile, mask=mask, other=0.0))
+    tl.store(following + tile, product, mask=mask)
+
+
+def forward(
+    output: Tensor,
+    h_0: Tensor,
+    weight_hh: Tensor,
+    lengths: Tensor | None,
+    nonlinearity: str,
+    reverse: bool,
+) -> Tensor:
+    """Turn the projected input that ``output`` holds into the states, in place, and return the final state."""
+    sequence_length, batch, hidden_size = output.shape
+    if output.numel() == 0:
+        return h_0.clone()
+    h_0, weight_hh = h_0.contiguous(), weight_hh.contiguous()
+    design = choose("rnn", hidden_size, batch, output.dtype, output.device)
+    options = {
+        "NONLINEARITY": nonlinearity,
+        "HAS_LENGTHS": lengths is not None,
+        "PRECISION": input_precision(output.dtype),
+        **design.constants(),
+    }
+    if isinstance(design, Resident):
+        h_n = torch.empty_like(h_0)
+        forward_resident[design.grid(batch, hidden_size)](
+            output, h_0, weight_hh, lengths, h_n, sequence_length, batch, hidden_size, REVERSE=reverse, **options
+        )
+        return h_n
+    grid = design.grid(batch, hidden_size)
+    previous, spare = h_0, None
+    if lengths is not None:
+        spare = [torch.empty_like(h_0), torch.empty_like(h_0)]
+    for t in reversed(range(sequence_length)) if reverse else range(sequence_length):
+        following = output[t] if spare is None else spare[t % 2]
+        forward_step[grid](output[t], previous, weight_hh, lengths, following, t, batch, hidden_size, **options)
+        previous = following
+    return previous.clone()
+
+
+def backward(
+    grad_output: Tensor,
+    grad_h_n: Tensor,
+    output: Tensor,
+    weight_hh: Tensor,
+    lengths: Tensor | None,
+    nonlinearity: str,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the projected input and of the initial state."""
+    sequence_length, batch, hidden_size = output.shape
+    grad_projected = torch.empty_like(output)
+    if output.numel() == 0:
+        return grad_projected, grad_h_n.clone()
+    grad_output, grad_h_n, weight_hh = grad_output.contiguous(), grad_h_n.contiguous(), weight_hh.contiguous()
+    design = choose("rnn", hidden_size, batch, output.dtype, output.device)
+    options = {
+        "NONLINEARITY": nonlinearity,
+        "HAS_LENGTHS": lengths is not None,
+        "PRECISION": input_precision(output.dtype),
+        **design.constants(),
+    }
+    if isinstance(design, Resident):
+        grad_h_0 = torch.empty_like(grad_h_n)
+        backward_resident[design.grid(batch, hidden_size)](
+            grad_output,
+            grad_h_n,
+            output,
+            weight_hh,
+            lengths,
+            grad_projected,
+            grad_h_0,
+            sequence_length,
+            batch,
+            hidden_size,
+            REVERSE=reverse,
+            **options,
+        )
+        return grad_projected, grad_h_0
+    grid = design.grid(batch, hidden_size)
+    carried, following = grad_h_n.float().clone(), torch.empty_like(grad_h_n, dtype=torch.float32)
+    for t in range(sequence_length) if reverse else reversed(range(sequence_length)):
+        backward_step[grid](
+            grad_output[t],
+            output[t],
+            carried,
+            weight_hh,
+            lengths,
+            grad_projected[t],
+            following,
+            t,
+            batch,
+            hidden_size,
+            **options,
+        )
+        carried, following = following, carried
+    return grad_projected, carried.to(output.dtype)
