@@ -15,6 +15,9 @@ class Server(ThreadingHTTPServer):
 
 def main(folder, port=None):
     handler = functools.partial(SimpleHTTPRequestHandler, directory=folder)
+    if port and not (port.isdecimal() and 0 < int(port) < 65536):
+        print(f"Error: PORT={port} is not a port number, 1 to 65535.", file=sys.stderr)
+        return 1
     ports = [int(port)] if port else range(FIRST_PORT, LAST_PORT + 1)
     for number in ports:
         try:
