@@ -2,7 +2,8 @@
 
 Outputs of executed chapters are kept in ``_build/.jupyter_cache``, which looks up a chapter by its code alone. What
 that leaves out, the package and everything else that a chapter's code reads, is fingerprinted here; when it changes,
-every chapter is executed again. Pages are always rendered together, because one page can show another's numbers and titles.
+every chapter is executed again. Pages are always rendered together, because one page can show another's numbers and
+titles.
 """
 
 import hashlib
