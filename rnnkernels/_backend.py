@@ -74,27 +74,26 @@ def resolve(device: torch.device, dtype: torch.dtype) -> str:
     RuntimeError
         If ``use_backend("triton")`` holds and Triton can't run on them.
     """
-    return _explain(device, dtype)[0]
+    return explain(device, dtype)[0]
 
 
-def _explain(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def explain(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """What :func:`resolve` returns, and the reason."""
     if _selected == "eager":
-        return "eager", "use_backend"
+        return "eager", 'backend "eager" is selected'
     if dtype not in TRITON_DTYPES:
         obstacle = f"the Triton kernels take float32, bfloat16 and float16, got {dtype}"
     elif not has_triton():
         obstacle = "triton is not installed"
-    elif device.type == "cpu" and _selected == "triton" and interpreting():
-        obstacle = ""
-    elif device.type != "cuda":
+    elif device.type == "cuda" or (device.type == "cpu" and _selected == "triton" and interpreting()):
+        return "triton", "on a GPU" if device.type == "cuda" else "in Triton's interpreter"
+    elif _selected == "triton":
         obstacle = (
             f"the tensors are on {device.type}; CPU tensors need Triton's interpreter "
             "(set TRITON_INTERPRET=1 before the first use)"
         )
     else:
-        obstacle = ""
-    if not obstacle:
-        return "triton", "available"
+        obstacle = f"the tensors are on {device.type}"
     if _selected == "triton":
         raise RuntimeError(f'backend "triton" was asked for, but {obstacle}')
     return "eager", obstacle

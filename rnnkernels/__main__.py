@@ -1,0 +1,250 @@
+"""``python -m rnnkernels``: versions, devices, the implementation of every operator and why, and a self-check.
+
+With ``TRITON_INTERPRET=1`` in the environment, the self-check runs the Triton kernels too, on the CPU in Triton's
+interpreter. The exit code is 1 where something is wrong.
+"""
+
+import importlib.metadata
+import itertools
+import math
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import rnnkernels
+from rnnkernels import _backend, ops, reference
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+LIMITS = {
+    # The relative error, ||result - exact|| / ||exact||, that an operator may have in each result and gradient
+    "float64": 1e-12,
+    "float32": 1e-5,
+    "float32 as TF32": 3e-3,
+    "bfloat16": 3e-2,
+    "float16": 4e-3,
+}
+
+HIDDEN_SIZES = (16, 32, 64, 128, 256, 512, 1024)
+"""Sizes for which the report names the design."""
+
+
+def arithmetic(dtype: torch.dtype, device: torch.device) -> str:
+    """The row of ``LIMITS`` for products of this type, as ``torch.get_float32_matmul_precision()`` has them formed."""
+    name = str(dtype).removeprefix("torch.")
+    tf32 = device.type == "cuda" and dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return f"{name} as TF32" if tf32 else name
+
+
+def rnn_arguments(sequence_length: int, batch: int, input_size: int, hidden_size: int) -> dict[str, Tensor]:
+    """Random arguments for ``rnn`` in float64, at the scale of ``torch.nn.RNN``'s initialization."""
+    scale = hidden_size**-0.5
+    return {
+        "input": torch.randn(sequence_length, batch, input_size, dtype=torch.float64),
+        "h_0": torch.randn(batch, hidden_size, dtype=torch.float64),
+        "weight_ih": torch.empty(hidden_size, input_size, dtype=torch.float64).uniform_(-scale, scale),
+        "weight_hh": torch.empty(hidden_size, hidden_size, dtype=torch.float64).uniform_(-scale, scale),
+        "bias_ih": torch.empty(hidden_size, dtype=torch.float64).uniform_(-scale, scale),
+        "bias_hh": torch.empty(hidden_size, dtype=torch.float64).uniform_(-scale, scale),
+    }
+
+
+OPERATORS = {"rnn": rnn_arguments}
+"""Operators that are reported and checked, each with what makes its arguments."""
+
+
+def errors(operator: str, arguments: dict[str, Tensor], dtype: torch.dtype, device: torch.device, **options):
+    """Relative errors of an operator's results and gradients against the reference in float64 on the CPU, by name.
+
+    ``arguments`` are rounded to ``dtype`` first, so that both compute the same function. Every result gets a random
+    cotangent.
+    """
+    rounded = {name: argument.to(dtype) for name, argument in arguments.items()}
+    exact = {name: argument.double().requires_grad_() for name, argument in rounded.items()}
+    tested = {name: argument.to(device).requires_grad_() for name, argument in rounded.items()}
+    expected = getattr(reference, operator)(**exact, **options)
+    actual = getattr(ops, operator)(**tested, **options)
+    cotangents = [torch.randn_like(result).to(dtype) for result in expected]
+    expected_gradients = torch.autograd.grad(expected, exact.values(), [c.double() for c in cotangents])
+    actual_gradients = torch.autograd.grad(actual, tested.values(), [c.to(device) for c in cotangents])
+    names = [*(f"result {i}" for i in range(len(expected))), *(f"gradient of {name}" for name in rounded)]
+    pairs = zip((*actual, *actual_gradients), (*expected, *expected_gradients), strict=True)
+    return {name: relative_error(a.detach(), e.detach()) for name, (a, e) in zip(names, pairs, strict=True)}
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """||actual - expected|| / ||expected||, in float64 on the CPU."""
+    expected = expected.double().cpu()
+    return float((actual.double().cpu() - expected).norm() / expected.norm().clamp_min(1e-300))
+
+
+def devices() -> list[torch.device]:
+    """The CPU and every GPU."""
+    return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+
+
+def version_of(package: str) -> str | None:
+    """The version of an installed package, which is not imported; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_model() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        if sys.platform == "darwin":
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    return platform.processor() or platform.machine()
+
+
+def driver_version() -> str | None:
+    """The version of NVIDIA's driver; None where nvidia-smi does not tell."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
+
+
+def _versions() -> Iterator[str]:
+    yield f"python      {platform.python_version()}, {platform.system()} {platform.machine()}"
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    yield f"torch       {torch.__version__}, {built}"
+    yield f"triton      {version_of('triton') or 'not installed'}"
+    yield f"backend     {_backend._selected}"
+    yield f"interpreter {'on' if _backend.interpreting() else 'off'}"
+
+
+def _device_lines() -> Iterator[str]:
+    threads = torch.get_num_threads()
+    yield f"cpu     {cpu_model()}, {threads} thread{'s' * (threads != 1)}"
+    for device in devices()[1:]:
+        gpu = torch.cuda.get_device_properties(device)
+        yield (
+            f"{device}  {gpu.name}, capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB, "
+            f"{gpu.multi_processor_count} multiprocessors, driver {driver_version() or 'unknown'}"
+        )
+
+
+def _implementations() -> Iterator[str]:
+    for operator in OPERATORS:
+        for device in devices():
+            names: dict[tuple[str, str], list[str]] = {}
+            for dtype in DTYPES:
+                try:
+                    choice = _backend.explain(device, dtype)
+                except RuntimeError as error:
+                    choice = "none", str(error)
+                names.setdefault(choice, []).append(str(dtype).removeprefix("torch."))
+            for (backend, reason), dtypes in names.items():
+                yield f"{operator}  {device}  {', '.join(dtypes)}: {backend}"
+                yield f"    {reason}"
+
+
+def _designs() -> Iterator[str]:
+    from rnnkernels.kernels.triton import dispatch
+
+    for device in devices()[1:]:
+        for dtype in _backend.TRITON_DTYPES:
+            runs: list[list] = []
+            for hidden_size in HIDDEN_SIZES:
+                design = type(dispatch.choose("rnn", hidden_size, 32, dtype, device)).__name__.lower()
+                if runs and runs[-1][0] == design:
+                    runs[-1][1].append(hidden_size)
+                else:
+                    runs.append([design, [hidden_size]])
+            chosen = "; ".join(f"{design} for {', '.join(map(str, sizes))}" for design, sizes in runs)
+            yield f"rnn  {device}  {arithmetic(dtype, device)}, hidden_size: {chosen}"
+
+
+def _can_be_checked(device: torch.device, dtype: torch.dtype, backend: str) -> bool:
+    try:
+        with _backend.use_backend(backend):
+            implementation = _backend.resolve(device, dtype)
+    except RuntimeError:
+        return False
+    # The interpreter, as shipped, multiplies bfloat16 wrongly.
+    return not (implementation == "triton" and device.type == "cpu" and dtype == torch.bfloat16)
+
+
+def _cases() -> Iterator[tuple[str, torch.device, torch.dtype, str]]:
+    """What can be checked here: operator, device, type, and the backend to select."""
+    for operator, device, dtype in itertools.product(OPERATORS, devices(), DTYPES):
+        backends = [_backend._selected]
+        if device.type == "cpu" and _backend._selected == "auto" and _backend.interpreting():
+            backends.append("triton")
+        yield from (
+            (operator, device, dtype, backend) for backend in backends if _can_be_checked(device, dtype, backend)
+        )
+
+
+def _self_check() -> Iterator[tuple[bool, str]]:
+    """For each operator, device, type and implementation at hand: whether it is right, and a line that says so."""
+    for operator, device, dtype, backend in _cases():
+        name = f"{operator}  {device}  {str(dtype).removeprefix('torch.'):8}"
+        arguments = OPERATORS[operator](sequence_length=9, batch=5, input_size=7, hidden_size=19)
+        lengths = torch.tensor([9, 3, 1, 9, 6])
+        try:
+            with _backend.use_backend(backend):
+                used = _backend.resolve(device, dtype)
+                found = errors(operator, arguments, dtype, device)
+                padded = errors(operator, arguments, dtype, device, reverse=True, lengths=lengths)
+        except Exception as error:  # a report says what is broken, whatever it is
+            yield False, f"{name}  FAILED  {type(error).__name__}: {error}"
+            continue
+        found.update((f"{name}, reversed with lengths", error) for name, error in padded.items())
+        worst = max(found, key=lambda name: math.inf if math.isnan(found[name]) else found[name])
+        limit = LIMITS[arithmetic(dtype, device)]
+        right = found[worst] <= limit  # False for NaN
+        yield (
+            right,
+            (
+                f"{name}  {used:6}  {'ok   ' if right else 'WRONG'}  relative error up to {found[worst]:.0e} "
+                f"({worst}), allowed {limit:.0e}"
+            ),
+        )
+
+
+def main() -> int:
+    """Print the report, and return the exit code."""
+    print(f"rnnkernels {rnnkernels.__version__}")
+    sections = [("", _versions()), ("Devices", _device_lines()), ("Implementations", _implementations())]
+    if torch.cuda.is_available() and _backend.has_triton():
+        sections.append(("Designs of the Triton kernels, batch 32", _designs()))
+    for title, lines in sections:
+        if title:
+            print(f"\n{title}")
+        for line in lines:
+            print(f"  {line}")
+    print("\nSelf-check: results and gradients against rnnkernels.reference in float64")
+    checks = wrong = 0
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for right, line in _self_check():
+            print(f"  {line}", flush=True)
+            checks += 1
+            wrong += not right
+    if wrong:
+        print(f"\nFailed: {wrong} of {checks} checks.")
+    elif not checks:
+        print("  nothing: no operator has an implementation here")
+    else:
+        print("\nAll agree.")
+    return int(wrong > 0 or checks == 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
