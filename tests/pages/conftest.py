@@ -1,7 +1,7 @@
 """The built book on a local server, and Chromium to look at it with.
 
-Chromium is what ``tools/find_chromium.sh`` finds (``CHROMIUM`` names one by hand). Where there is none, or where the book is
-not built, these tests are skipped with a reason; with ``REQUIRE_CHROMIUM`` in the environment they fail instead.
+Chromium is what ``tools/find_chromium.sh`` finds (``CHROMIUM`` names one by hand). Where there is none, or where the
+book is not built, these tests are skipped with a reason; with ``REQUIRE_CHROMIUM`` in the environment they fail.
 """
 
 import functools
@@ -177,10 +177,12 @@ LOOK = r"""() => {
   };
 }"""
 
-IMAGES = """() => [...document.querySelectorAll('img, .cell_output svg[role=img]')].filter(e => !e.closest('mjx-container')).map(e => ({
+IMAGES = """() => [...document.querySelectorAll('img, .figure-slider svg[role=img]')].map(e => ({
   source: e.currentSrc || e.getAttribute('aria-label'),
   alt: e.tagName == 'IMG' ? e.getAttribute('alt') : e.getAttribute('aria-label'),
-  classes: [...e.classList], drawn: !!e.closest('.cell_output'), themed: !!e.closest('.figure-variants, .figure-slider'),
+  classes: [...e.classList],
+  drawn: !!e.closest('.cell_output'),
+  themed: !!e.closest('.figure-variants, .figure-slider'),
   visible: e.getClientRects().length > 0,
   loaded: e.tagName != 'IMG' || (e.complete && e.naturalWidth > 0),
   paper: e.tagName == 'IMG' ? null : getComputedStyle(e.querySelector('path')).fill,
@@ -190,8 +192,8 @@ BACKGROUND = "() => getComputedStyle(document.body).backgroundColor"
 
 # An element may be wider than the page only within something that scrolls.
 STICKING_OUT = """() => {
-  const width = document.documentElement.clientWidth, out = [];
-  if (document.documentElement.scrollWidth > width) out.push(`the page itself: ${document.documentElement.scrollWidth}`);
+  const page = document.documentElement, width = page.clientWidth, out = [];
+  if (page.scrollWidth > width) out.push(`the page itself: ${page.scrollWidth}`);
   for (const e of document.querySelectorAll('article *')) {
     const box = e.getBoundingClientRect();
     if (!box.width || box.right <= width + 1 || e.ownerSVGElement || e.closest('mjx-assistive-mml')) continue;
@@ -199,7 +201,7 @@ STICKING_OUT = """() => {
     for (; within && within !== document.body; within = within.parentElement)
       if (/auto|scroll/.test(getComputedStyle(within).overflowX) && within.getBoundingClientRect().right <= width + 1)
         { scrolls = true; break; }
-    if (!scrolls) out.push(`${e.tagName}.${e.className}: ${Math.round(box.right)}: ${e.textContent.trim().slice(0, 40)}`);
+    if (!scrolls) out.push(`${e.tagName}.${e.className}, ${box.right}: ${e.textContent.trim().slice(0, 40)}`);
   }
   return out.slice(0, 5);
 }"""
