@@ -160,11 +160,11 @@ class ConditionedOutput(nn.Module):
 class SkipOutput(nn.Module):
     r"""Output of a recurrent network that sees the present input directly as well as the hidden state.
 
-    .. math:: y_t = g(W_{hy} h_t + W_{iy} x_t + b_y)
+    .. math:: y_t = g(W_{hy} h_t + W_{xy} x_t + b_y)
 
     The second term goes around the recurrent layer: what only the present input says about the present output
     need not pass through the hidden state, which is then free for the past. The same equation is the output of
-    a linear state-space model, where :math:`W_{iy}` is called the feedthrough matrix.
+    a linear state-space model, where :math:`W_{xy}` is called the feedthrough matrix.
 
     Parameters
     ----------
@@ -188,7 +188,7 @@ class SkipOutput(nn.Module):
     hidden_to_output : torch.nn.Linear
         :math:`W_{hy}`, of shape (output_size, hidden_size), and :math:`b_y`, of shape (output_size,).
     input_to_output : torch.nn.Linear
-        :math:`W_{iy}`, of shape (output_size, input_size), without a bias of its own. Both are initialized as
+        :math:`W_{xy}`, of shape (output_size, input_size), without a bias of its own. Both are initialized as
         :class:`torch.nn.Linear` does, uniformly in plus or minus one over the root of their number of columns.
 
     Raises
@@ -200,7 +200,7 @@ class SkipOutput(nn.Module):
 
     Notes
     -----
-    Language models know :math:`W_{iy}` as direct connections: [1]_ makes them an option of its
+    Language models know :math:`W_{xy}` as direct connections: [1]_ makes them an option of its
     feed-forward model (section 2), and [2]_ adds them, hashed, to a recurrent one.
 
     References
