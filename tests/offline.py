@@ -1,5 +1,9 @@
-"""Compile kernels for GPUs that are not there, and read what they need from the compiler's output."""
+"""Compile kernels for GPUs that are not there, and read what they need from the compiler's output.
 
+Triton's interpreter must be off in a process that uses this: see ``test_compilation.py``.
+"""
+
+import contextlib
 import os
 import re
 import subprocess
@@ -7,6 +11,9 @@ import tempfile
 from pathlib import Path
 
 import torch
+
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
+"""Bytes of shared memory that one program may use: A100, RTX 30, H100."""
 
 
 class _AbsentGPU:
@@ -29,25 +36,37 @@ class _AbsentGPU:
     def get_active_torch_device(self):
         return torch.device("cpu")
 
-    def map_python_to_cpp_type(self, ty):
-        return "int"
 
+@contextlib.contextmanager
+def absent_gpu(capability):
+    """Compile instead of launching. Yields the list of (kernel, compiled) that launches inside the block fill.
 
-def compile_kernel(kernel, arguments, constants, capability):
-    """Compile what ``kernel[grid](*arguments, **constants)`` would run, and return its needs."""
+    The process has no other GPU from then on.
+    """
     import triton
+    from triton.runtime.jit import JITFunction
+
+    from rnnkernels.kernels.triton import dispatch
+
+    launches = []
+    run, shared_memory = JITFunction.run, dispatch.shared_memory
+
+    def compile_only(kernel, *args, grid, warmup, **kwargs):
+        launches.append((kernel, run(kernel, *args, grid=grid, warmup=True, **kwargs)))
 
     triton.runtime.driver.set_active(_AbsentGPU(capability))
-    compiled = kernel.warmup(*arguments, grid=(1,), **constants)
-    registers, spills = _registers_and_spills(compiled.asm["ptx"], capability)
-    return {
-        "shared_memory": compiled.metadata.shared,
-        "registers": registers,
-        "spilled_bytes": spills,
-        "warps": compiled.metadata.num_warps,
-        "ttgir": compiled.asm["ttgir"],
-        "ptx": compiled.asm["ptx"],
-    }
+    JITFunction.run = compile_only
+    dispatch.shared_memory = lambda device: SHARED_MEMORY[capability]
+    try:
+        yield launches
+    finally:
+        JITFunction.run, dispatch.shared_memory = run, shared_memory
+
+
+def needs(compiled, capability):
+    """Shared memory, registers and spills of a compiled kernel."""
+    registers, spilled = _registers_and_spills(compiled.asm["ptx"], capability)
+    return {"shared_memory": compiled.metadata.shared, "registers": registers, "spilled_bytes": spilled}
 
 
 def _registers_and_spills(ptx, capability):
@@ -66,3 +85,9 @@ def _registers_and_spills(ptx, capability):
         ).stderr
     stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report).groups()
     return int(re.search(r"Used (\d+) registers", report).group(1)), max(int(stores), int(loads))
+
+
+def staged_in_loop(ttgir, shape):
+    """How often a tile of this shape is put into shared memory inside a loop."""
+    inside = ttgir[ttgir.index("scf.for") :]
+    return len(re.findall(rf"ttg\.local_alloc .*memdesc<{shape}x", inside))

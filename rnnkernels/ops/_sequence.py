@@ -17,8 +17,8 @@ def project(input: Tensor, weight_ih: Tensor, bias_ih: Tensor | None, bias_hh: T
 
     Returns a new contiguous tensor of shape (sequence_length, batch, gates * hidden_size).
     """
-    steps, batch, features = input.shape
-    flat, weight_t = input.reshape(steps * batch, features), weight_ih.t()
+    steps, batch, _ = input.shape
+    flat, weight_t = input.flatten(0, 1), weight_ih.t()
     biases = [bias for bias in (bias_ih, bias_hh) if bias is not None]
     projected = torch.addmm(sum(biases), flat, weight_t) if biases else flat @ weight_t
     return projected.view(steps, batch, weight_ih.shape[0])
@@ -28,11 +28,10 @@ def projection_gradients(
     grad_projected: Tensor, input: Tensor, weight_ih: Tensor, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``input``, ``weight_ih`` and a bias, through :func:`project`; empty where not needed."""
-    steps, batch, features = input.shape
-    flat = grad_projected.view(steps * batch, -1)
+    flat = grad_projected.flatten(0, 1)
     needs_input, needs_weight, needs_bias = needs
     grad_input = (flat @ weight_ih).view(input.shape) if needs_input else input.new_empty(0)
-    grad_weight = flat.t() @ input.reshape(steps * batch, features) if needs_weight else input.new_empty(0)
+    grad_weight = flat.t() @ input.flatten(0, 1) if needs_weight else input.new_empty(0)
     grad_bias = flat.sum(0) if needs_bias else input.new_empty(0)
     return grad_input, grad_weight, grad_bias
 

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 
 from rnnkernels.kernels.triton.dispatch import Resident, choose, input_precision
 from rnnkernels.kernels.triton.pointwise import activate, through_activation
@@ -31,6 +32,7 @@ def forward_resident(
     sequence_length,
     batch,
     hidden_size,
+    weight_size,
     NONLINEARITY: tl.constexpr,
     REVERSE: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
@@ -42,9 +44,9 @@ def forward_resident(
     columns = tl.arange(0, BLOCK_HIDDEN)
     mask = (rows < batch)[:, None] & (columns < hidden_size)[None, :]
     tile = rows.to(tl.int64)[:, None] * hidden_size + columns[None, :]
-    # W_hh transposed: row k, column n holds the weight from unit k to unit n.
-    square = (columns < hidden_size)[:, None] & (columns < hidden_size)[None, :]
-    weight = tl.load(weight_hh + columns[None, :] * hidden_size + columns[:, None], mask=square, other=0.0)
+    square = (columns < weight_size)[:, None] & (columns < weight_size)[None, :]
+    # Transposed: row k, column n holds the weight from unit k to unit n.
+    weight = tl.load(weight_hh + columns[:, None] * weight_size + columns[None, :], mask=square, other=0.0).T
     h = tl.load(h_0 + tile, mask=mask, other=0.0)
     if HAS_LENGTHS:
         length = tl.load(lengths + rows, mask=rows < batch, other=0)[:, None]
@@ -89,6 +91,7 @@ def backward_resident(
     sequence_length,
     batch,
     hidden_size,
+    weight_size,
     NONLINEARITY: tl.constexpr,
     REVERSE: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
@@ -100,8 +103,8 @@ def backward_resident(
     columns = tl.arange(0, BLOCK_HIDDEN)
     mask = (rows < batch)[:, None] & (columns < hidden_size)[None, :]
     tile = rows.to(tl.int64)[:, None] * hidden_size + columns[None, :]
-    square = (columns < hidden_size)[:, None] & (columns < hidden_size)[None, :]
-    weight = tl.load(weight_hh + columns[:, None] * hidden_size + columns[None, :], mask=square, other=0.0)
+    square = (columns < weight_size)[:, None] & (columns < weight_size)[None, :]
+    weight = tl.load(weight_hh + columns[:, None] * weight_size + columns[None, :], mask=square, other=0.0)
     carried = tl.load(grad_h_n + tile, mask=mask, other=0.0).to(tl.float32)
     if HAS_LENGTHS:
         length = tl.load(lengths + rows, mask=rows < batch, other=0)[:, None]
@@ -150,6 +153,7 @@ def forward_step(
     time,
     batch,
     hidden_size,
+    weight_size,
     NONLINEARITY: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -164,17 +168,19 @@ def forward_step(
     rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
     inner = tl.arange(0, BLOCK_INNER)
-    row_mask, column_mask = rows < batch, columns < hidden_size
-    mask = row_mask[:, None] & column_mask[None, :]
+    row_mask = rows < batch
+    mask = row_mask[:, None] & (columns < hidden_size)[None, :]
     row_offset = rows.to(tl.int64)[:, None] * hidden_size
     tile = row_offset + columns[None, :]
-    weight_tile = columns.to(tl.int64)[None, :] * hidden_size
+    weight_tile = columns.to(tl.int64)[None, :] * weight_size
     a = tl.load(states + tile, mask=mask, other=0.0).to(tl.float32)
     for start in range(0, hidden_size, BLOCK_INNER):
         k = start + inner
         h = tl.load(previous + row_offset + k[None, :], mask=row_mask[:, None] & (k < hidden_size)[None, :], other=0.0)
         w = tl.load(
-            weight_hh + weight_tile + k[:, None], mask=(k < hidden_size)[:, None] & column_mask[None, :], other=0.0
+            weight_hh + weight_tile + k[:, None],
+            mask=(k < weight_size)[:, None] & (columns < weight_size)[None, :],
+            other=0.0,
         )
         a = tl.dot(h, w, acc=a, input_precision=PRECISION)
     new = activate(a, NONLINEARITY).to(states.dtype.element_ty)
@@ -198,6 +204,7 @@ def backward_step(
     time,
     batch,
     hidden_size,
+    weight_size,
     NONLINEARITY: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -209,7 +216,7 @@ def backward_step(
     rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
     inner = tl.arange(0, BLOCK_INNER)
-    row_mask, column_mask = rows < batch, columns < hidden_size
+    row_mask = rows < batch
     row_offset = rows.to(tl.int64)[:, None] * hidden_size
     if HAS_LENGTHS:
         active = time < tl.load(lengths + rows, mask=row_mask, other=0)[:, None]
@@ -227,16 +234,22 @@ def backward_step(
         if tl.program_id(1) == 0:
             tl.store(grad_projected + tile, gradient, mask=mask)
         w = tl.load(
-            weight_hh + k.to(tl.int64)[:, None] * hidden_size + columns[None, :],
-            mask=(k < hidden_size)[:, None] & column_mask[None, :],
+            weight_hh + k.to(tl.int64)[:, None] * weight_size + columns[None, :],
+            mask=(k < weight_size)[:, None] & (columns < weight_size)[None, :],
             other=0.0,
         )
         product = tl.dot(gradient, w, acc=product, input_precision=PRECISION)
     tile = row_offset + columns[None, :]
-    mask = row_mask[:, None] & column_mask[None, :]
+    mask = row_mask[:, None] & (columns < hidden_size)[None, :]
     if HAS_LENGTHS:
         product = tl.where(active, product, tl.load(carried + tile, mask=mask, other=0.0))
     tl.store(following + tile, product, mask=mask)
+
+
+def _padded(weight_hh: Tensor) -> Tensor:
+    """The recurrent weights with zeros up to a multiple of 16 rows and columns: rows then start on 16-byte bounds."""
+    missing = -weight_hh.shape[0] % 16
+    return functional.pad(weight_hh, (0, missing, 0, missing)) if missing else weight_hh.contiguous()
 
 
 def forward(
@@ -251,7 +264,8 @@ def forward(
     sequence_length, batch, hidden_size = output.shape
     if output.numel() == 0:
         return h_0.clone()
-    h_0, weight_hh = h_0.contiguous(), weight_hh.contiguous()
+    h_0, weight_hh = h_0.contiguous(), _padded(weight_hh)
+    sizes = batch, hidden_size, weight_hh.shape[0]
     design = choose("rnn", hidden_size, batch, output.dtype, output.device)
     options = {
         "NONLINEARITY": nonlinearity,
@@ -262,7 +276,7 @@ def forward(
     if isinstance(design, Resident):
         h_n = torch.empty_like(h_0)
         forward_resident[design.grid(batch, hidden_size)](
-            output, h_0, weight_hh, lengths, h_n, sequence_length, batch, hidden_size, REVERSE=reverse, **options
+            output, h_0, weight_hh, lengths, h_n, sequence_length, *sizes, REVERSE=reverse, **options
         )
         return h_n
     grid = design.grid(batch, hidden_size)
@@ -271,7 +285,7 @@ def forward(
         spare = [torch.empty_like(h_0), torch.empty_like(h_0)]
     for t in reversed(range(sequence_length)) if reverse else range(sequence_length):
         following = output[t] if spare is None else spare[t % 2]
-        forward_step[grid](output[t], previous, weight_hh, lengths, following, t, batch, hidden_size, **options)
+        forward_step[grid](output[t], previous, weight_hh, lengths, following, t, *sizes, **options)
         previous = following
     return previous.clone()
 
@@ -290,7 +304,8 @@ def backward(
     grad_projected = torch.empty_like(output)
     if output.numel() == 0:
         return grad_projected, grad_h_n.clone()
-    grad_output, grad_h_n, weight_hh = grad_output.contiguous(), grad_h_n.contiguous(), weight_hh.contiguous()
+    grad_output, grad_h_n, weight_hh = grad_output.contiguous(), grad_h_n.contiguous(), _padded(weight_hh)
+    sizes = batch, hidden_size, weight_hh.shape[0]
     design = choose("rnn", hidden_size, batch, output.dtype, output.device)
     options = {
         "NONLINEARITY": nonlinearity,
@@ -309,8 +324,7 @@ def backward(
             grad_projected,
             grad_h_0,
             sequence_length,
-            batch,
-            hidden_size,
+            *sizes,
             REVERSE=reverse,
             **options,
         )
@@ -327,8 +341,7 @@ def backward(
             grad_projected[t],
             following,
             t,
-            batch,
-            hidden_size,
+            *sizes,
             **options,
         )
         carried, following = following, carried
