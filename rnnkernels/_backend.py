@@ -97,3 +97,10 @@ def explain(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     if _selected == "triton":
         raise RuntimeError(f'backend "triton" was asked for, but {obstacle}')
     return "eager", obstacle
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The type that ``torch.autocast`` asks of operators on this device; None where it is off."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None

@@ -6,6 +6,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from rnnkernels import ops, reference
+from rnnkernels._backend import autocast_dtype
 from rnnkernels.ops._checks import check_choice
 
 
@@ -165,7 +166,7 @@ class RNN(torch.nn.RNNBase):
 
     def _check(self, input: Tensor, hx: Tensor | None) -> None:
         weight = self.weight_ih_l0
-        autocast = torch.is_autocast_enabled(input.device.type)
+        autocast = autocast_dtype(input.device) is not None
         if input.shape[2] != self.input_size:
             raise RuntimeError(f"input: expected {self.input_size} features (input_size), got {input.shape[2]}")
         if input.shape[0] == 0:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rnnkernels import reference
-from rnnkernels._backend import resolve
+from rnnkernels._backend import autocast_dtype, resolve
 from rnnkernels.ops._checks import check_choice, check_lengths, check_tensor
 from rnnkernels.ops._sequence import kernels, project, projection_gradients, recurrent_weight_gradient
 
@@ -90,8 +90,8 @@ def rnn(
     check_choice("nonlinearity", nonlinearity, NONLINEARITIES)
 
     tensors = {"h_0": h_0, "weight_ih": weight_ih, "weight_hh": weight_hh, "bias_ih": bias_ih, "bias_hh": bias_hh}
-    if torch.is_autocast_enabled(input.device.type):
-        dtype = torch.get_autocast_dtype(input.device.type)
+    dtype = autocast_dtype(input.device)
+    if dtype is not None:
         input = input.to(dtype)
         tensors = {name: t.to(dtype) if isinstance(t, Tensor) else t for name, t in tensors.items()}
     check_tensor("h_0", tensors["h_0"], (batch, "hidden_size"), like=input)
