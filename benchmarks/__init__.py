@@ -1,0 +1,1 @@
+"""Benchmarks of rnnkernels beside ``torch.nn``: ``python -m benchmarks``, or ``make bench``."""

@@ -1,0 +1,127 @@
+"""What is measured, and what is promised of it: every benchmark case and every target is declared here."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+SHAPES = (
+    (64, 32, 128, 256),
+    (256, 16, 64, 128),
+    (512, 1, 64, 256),
+    (128, 64, 256, 512),
+    (1000, 8, 32, 64),
+)
+"""(sequence_length, batch, input_size, hidden_size) of the cases that the targets speak of."""
+
+GPU_SHAPES = (
+    (512, 256, 128, 128),
+    (512, 64, 256, 256),
+    (256, 64, 1024, 1024),
+)
+"""Larger ones that fill a GPU better."""
+
+MODES = ("forward+backward", "forward")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One module of rnnkernels beside its namesake of ``torch.nn``, with the same weights and input."""
+
+    sequence_length: int
+    """Steps; of the longest sequence where ``packed``."""
+    batch: int
+    """Sequences."""
+    input_size: int
+    """Features of the input."""
+    hidden_size: int
+    """Features of the state."""
+    mode: str = "forward+backward"
+    """``"forward"``: inference. ``"forward+backward"``: results, and the gradients of the input and every weight."""
+    module: str = "RNN"
+    """Name of the class in ``rnnkernels`` and in ``torch.nn``."""
+    dtype: str = "float32"
+    """Type of weights, input, and everything else."""
+    precision: str = "highest"
+    """float32 products: ``"highest"`` in IEEE arithmetic, ``"high"`` in TF32. The same for both sides."""
+    num_layers: int = 1
+    """Layers."""
+    bidirectional: bool = False
+    """Whether each layer also runs backwards."""
+    packed: bool = False
+    """Whether the input is a PackedSequence, with lengths spread evenly from 1 to ``sequence_length``."""
+
+    @property
+    def name(self) -> str:
+        """All of this in a line."""
+        words = [
+            self.module,
+            f"T={self.sequence_length} B={self.batch} I={self.input_size} H={self.hidden_size}",
+            self.mode,
+            self.dtype if self.precision == "highest" else "TF32",
+            f"{self.num_layers} layers" if self.num_layers > 1 else "",
+            "bidirectional" if self.bidirectional else "",
+            "packed" if self.packed else "",
+        ]
+        return " ".join(filter(None, words))
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is one of the cases that the targets' mean is taken over."""
+        shape = self.sequence_length, self.batch, self.input_size, self.hidden_size
+        return shape in SHAPES and self == Case(*shape, mode=self.mode, module=self.module)
+
+
+VARIANTS = ({"bidirectional": True}, {"num_layers": 2}, {"packed": True}, {"packed": True, "bidirectional": True})
+
+ARITHMETIC = (
+    {"dtype": "float32"},
+    {"dtype": "float32", "precision": "high"},
+    {"dtype": "bfloat16"},
+    {"dtype": "float16"},
+)
+
+
+def cases(device_type: str) -> list[Case]:
+    """The cases of a device, ``"cpu"`` or ``"cuda"``: those that matter most come first."""
+    arithmetic = ARITHMETIC if device_type == "cuda" else ARITHMETIC[:1]
+    declared = [
+        *(Case(*shape, mode=mode) for mode, shape in itertools.product(MODES, SHAPES)),
+        *(
+            Case(*SHAPES[1], mode=mode, **variant, **types)
+            for types, variant, mode in itertools.product(arithmetic, VARIANTS, MODES)
+        ),
+    ]
+    if device_type == "cuda":
+        declared += [
+            Case(*shape, mode=mode, **types)
+            for types, mode, shape in itertools.product(ARITHMETIC, MODES, SHAPES + GPU_SHAPES)
+        ]
+    return list(dict.fromkeys(declared))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A promise about the ratios of the measured cases."""
+
+    text: str
+    """What is promised."""
+    statistic: str
+    """``"geometric mean"`` or ``"lowest"``."""
+    at_least: float
+    """The bound."""
+    applies: Callable[[Case], bool]
+    """To which cases."""
+    complete: int = 1
+    """How many of them must have been measured for a verdict."""
+
+
+TARGETS = (
+    Target(
+        "RNN forward+backward, plain float32, geometric mean of the five shapes",
+        "geometric mean",
+        1.5,
+        lambda case: case.plain and case.mode == "forward+backward",
+        complete=len(SHAPES),
+    ),
+    Target("never slower: lowest ratio of all cases, 5 % left for noise", "lowest", 0.95, lambda case: True),
+)

@@ -1,0 +1,470 @@
+"""Everything worth doing on a machine with a GPU, in one script: report, tests, kernels, designs, benchmarks.
+
+``python benchmarks/gpu_visit.py`` needs torch and triton, and imports the package from the checkout that it lies in.
+Each part can run by itself (``--part``), ends when its time is used up (``--budget``), and keeps what it has by then.
+``--device cpu`` is a rehearsal without a GPU: every part, on tiny sizes, in Triton's interpreter.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import itertools
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0:0] = [str(ROOT)]  # the checkout's package, also where another one is installed
+
+import torch  # noqa: E402
+
+from benchmarks import __main__ as table  # noqa: E402
+from benchmarks import records, runner  # noqa: E402
+from benchmarks.cases import ARITHMETIC, Case, cases  # noqa: E402
+from rnnkernels import _backend, ops  # noqa: E402
+from rnnkernels.__main__ import LIMITS, arithmetic, errors, relative_error, rnn_arguments  # noqa: E402
+
+PARTS = ("report", "tests", "kernels", "designs", "benchmarks")
+
+
+@dataclasses.dataclass(frozen=True)
+class Visit:
+    """What the parts are told."""
+
+    device: torch.device
+    """A GPU, or the CPU for a rehearsal."""
+    output: Path
+    """Folder of the result files."""
+    budget: float
+    """Seconds that a part may take."""
+    commit: str | None
+    """Commit of the sources, where they are no git checkout."""
+    tests: tuple[str, ...]
+    """What pytest runs; empty for the test files about GPUs."""
+    filter: str
+    """Regular expression that the names of benchmark cases must contain."""
+    command: tuple[str, ...]
+    """The command line."""
+
+    @property
+    def rehearsal(self) -> bool:
+        """Whether there is no GPU."""
+        return self.device.type == "cpu"
+
+    def file(self, ending: str) -> Path:
+        """A new file for results."""
+        return records.new_file(self.output, self.device, ending)
+
+    def document(self, kind: str) -> dict:
+        """The beginning of a result file."""
+        return {**records.header(kind, list(self.command), self.device, self.commit), "cases": []}
+
+
+def environment() -> dict[str, str]:
+    """The environment of a subprocess that imports the package from this checkout."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+
+
+def stream(command: list[str], log: Path, seconds: float) -> tuple[int | None, list[str]]:
+    """Run a command, show its output and write it to ``log``. Returns its exit code, None if it ran out of time."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    lines, late = [], threading.Event()
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    with log.open("w") as file, subprocess.Popen(command, cwd=ROOT, env=environment(), **options) as process:
+
+        def stop():
+            late.set()
+            os.killpg(process.pid, signal.SIGKILL)  # its children as well
+
+        timer = threading.Timer(seconds, stop)
+        timer.start()
+        for line in process.stdout:
+            lines.append(line.rstrip("\n"))
+            print(line, end="", flush=True)
+            file.write(line)
+            file.flush()
+        timer.cancel()
+        code = process.wait()
+    return (None if late.is_set() else code), lines
+
+
+def report(visit: Visit) -> bool:
+    """``python -m rnnkernels``."""
+    code, _ = stream([sys.executable, "-m", "rnnkernels"], visit.file("-report.txt"), visit.budget)
+    return code == 0
+
+
+TEST_LINE = re.compile(
+    r"^(?:\[gw\d+\] \[ *\d+%\] (?P<status>[A-Z]+) (?P<name>\S+::.+?)|(?P<name_first>\S+::.+?) (?P<status_last>[A-Z]+)"
+    r"(?: .*)?(?: +\[ *\d+%\])?) *$"
+)
+STATUSES = {"PASSED", "FAILED", "ERROR", "SKIPPED", "XFAIL", "XPASS"}
+
+
+def read_tests(lines: list[str]) -> list[dict[str, str]]:
+    """Name and status of each test in what ``pytest -v`` printed, with or without xdist."""
+    statuses = {}
+    for line in lines:
+        if line.startswith("=") and "short test summary" in line:
+            break
+        if found := TEST_LINE.match(line):
+            name, status = found["name"] or found["name_first"], found["status"] or found["status_last"]
+            if status in STATUSES:
+                statuses[name] = status.lower()
+    return [{"name": name, "status": status} for name, status in statuses.items()]
+
+
+def tests_of_gpus() -> list[str]:
+    """The test files that speak of a GPU. Others may need what only an installed project has: tools, pages, pins."""
+    speaks = re.compile(r"\b(cuda|gpu|kernel_device)\b")
+    paths = sorted((ROOT / "tests").glob("test_*.py"))
+    return [str(path.relative_to(ROOT)) for path in paths if speaks.search(path.read_text())]
+
+
+def tests(visit: Visit) -> bool:
+    """The unit tests that have to do with a GPU; not those that compile for absent ones."""
+    document = visit.document("tests")
+    path = visit.file("-tests.json")
+    if missing := [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]:
+        print(f"{' and '.join(missing)} not installed: the part kernels stands in for the tests")
+        records.write(path, document | {"finished": False, "exit_code": None})
+        return True
+    command = [sys.executable, "-m", "pytest", "-v", "--color=no", "-p", "no:cacheprovider", "-m", "not offline"]
+    # A warning of a version that the project does not pin is no failure here.
+    command += ["-W", "default", "--continue-on-collection-errors"]
+    if importlib.util.find_spec("xdist") is not None and not visit.rehearsal:
+        command += ["-n", str(min(8, os.cpu_count() or 1))]  # compiling, on the CPU, is most of the work
+    command += visit.tests or tests_of_gpus()
+    code, lines = stream(command, visit.file("-tests.log"), visit.budget)
+    document["cases"] = read_tests(lines)
+    records.write(path, document | {"finished": code is not None, "exit_code": code})
+    if code is None:
+        print(f"the time was used up: {len(document['cases'])} tests had run")
+    return code == 0
+
+
+@contextlib.contextmanager
+def forced(design) -> Iterator[None]:
+    """Let the Triton kernels of the RNN run with a design, whatever the dispatch would choose."""
+    from rnnkernels.kernels.triton import rnn
+
+    with _backend.use_backend("triton"), mock.patch.object(rnn, "choose", return_value=design):
+        yield
+
+
+def designs_for(hidden_size: int, batch: int, dtype: torch.dtype, device: torch.device, *batches: int) -> list:
+    """The design that the dispatch chooses, and what it has for one launch a step, at this batch and at others."""
+    from rnnkernels.kernels.triton import dispatch
+
+    found = [dispatch.choose("rnn", hidden_size, batch, dtype, device)]
+    with mock.patch.object(dispatch, "RESIDENT", {key: {} for key in dispatch.RESIDENT}):
+        found += [dispatch.choose("rnn", hidden_size, size, dtype, device) for size in (batch, *batches)]
+    return list(dict.fromkeys(found))
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill what is allocated uninitialized with NaN, so that an element that no kernel writes shows."""
+
+    def poison(allocate):
+        def allocate_poisoned(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
+
+        return allocate_poisoned
+
+    with contextlib.ExitStack() as stack:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            stack.enter_context(mock.patch.object(owner, name, poison(getattr(owner, name))))
+        yield
+
+
+def parity_cases(visit: Visit) -> Iterator[dict]:
+    """What the part kernels compares: every option at an odd size, and two sets of options at every other size."""
+    every = list(itertools.product(ops.NONLINEARITIES, (False, True), (False, True)))
+    few = [("tanh", False, False), ("tanh", True, True)]
+    sizes = [(7, 33, 17, every), *((7, batch, hidden, few) for hidden in (48, 128, 256, 300) for batch in (33, 80))]
+    sizes += [(7, 1, 1, few), (5, 2, 64, few), (3, 70, 1000, few), (2, 70_001, 32, few[:1])]
+    if visit.rehearsal:
+        sizes = [(3, 2, 5, every), (2, 66, 16, few)]
+    kinds = [kind for kind in ARITHMETIC if not visit.rehearsal or kind in ({"dtype": "float32"}, {"dtype": "float16"})]
+    # The main road through all types first: what the budget cuts off should be the side roads.
+    planned = list(itertools.product(sizes, kinds))
+    if not visit.rehearsal:
+        planned.append(((70_000, 3, 16, few[:1]), ARITHMETIC[0]))
+    for (sequence_length, batch, hidden_size, options), kind in planned:
+        for nonlinearity, reverse, has_lengths in options:
+            yield {
+                "sequence_length": sequence_length,
+                "batch": batch,
+                "hidden_size": hidden_size,
+                "nonlinearity": nonlinearity,
+                "reverse": reverse,
+                "lengths": has_lengths,
+                "dtype": kind["dtype"],
+                "precision": kind.get("precision", "highest"),
+            }
+
+
+def compare(case: dict, design, device: torch.device) -> dict:
+    """The outcome of one comparison with ``rnnkernels.reference`` in float64."""
+    torch.manual_seed(0)
+    sequence_length, batch, dtype = case["sequence_length"], case["batch"], getattr(torch, case["dtype"])
+    arguments = rnn_arguments(sequence_length, batch, 11, case["hidden_size"])
+    options = {"nonlinearity": case["nonlinearity"], "reverse": case["reverse"]}
+    if case["lengths"]:
+        options["lengths"] = torch.randint(1, sequence_length + 1, (batch,))
+    limit = LIMITS[arithmetic(dtype, device)]
+    with forced(design), poisoned():
+        found = errors("rnn", arguments, dtype, device, **options)
+    # A pre-activation within rounding of zero may fall on either side of ReLU's kink: a share of the gradients of about
+    # the limit is then wholly different, and the norm of that is its root.
+    loose = math.sqrt(limit) if case["nonlinearity"] == "relu" else limit
+    wrong = [
+        name for name, error in found.items() if not error <= (loose if name.startswith("gradient") else limit)
+    ]  # NaN is wrong
+    return {
+        "relative_error": {name: records.finite(error) for name, error in found.items()},
+        "allowed_error": {"results": limit, "gradients": loose},
+        "status": "differs" if wrong else "agrees",
+        "reason": f"too far from float64: {', '.join(wrong)}" if wrong else None,
+    }
+
+
+def compare_far_offsets(device: torch.device) -> dict:
+    """Whether the first and last rows are right in a batch whose states number more than 2^31."""
+    sequence_length, batch, hidden_size = 20_000, 1_700, 64
+    torch.manual_seed(0)
+    rows = torch.tensor([0, 1, batch - 2, batch - 1])
+    arguments = {
+        name: value.bfloat16() for name, value in rnn_arguments(sequence_length, batch, 2, hidden_size).items()
+    }
+    cotangent = torch.randn(sequence_length, batch, 1).bfloat16()
+    found = {}
+
+    def run(function, index, device, dtype):
+        own = {name: value.to(device, dtype) for name, value in arguments.items()}
+        own["input"] = own["input"][:, index].clone().requires_grad_()
+        own["h_0"] = own["h_0"][index]
+        output, _ = function(**own)
+        outer = cotangent[:, index].to(device, dtype).expand_as(output)
+        (gradient,) = torch.autograd.grad(output, own["input"], outer)
+        return output.detach(), gradient
+
+    from rnnkernels import reference
+
+    every = slice(None)
+    actual = run(ops.rnn, every, device, torch.bfloat16)
+    expected = run(reference.rnn, rows, "cpu", torch.float64)
+    for name, a, e in zip(("result 0", "gradient of input"), actual, expected, strict=True):
+        found[name] = relative_error(a[:, rows.to(device)], e)
+    limit = LIMITS["bfloat16"]
+    right = all(error <= limit for error in found.values())
+    return {
+        "relative_error": {name: records.finite(error) for name, error in found.items()},
+        "allowed_error": {"results": limit, "gradients": limit},
+        "status": "agrees" if right else "differs",
+        "reason": None if right else "too far from float64",
+    }
+
+
+def attempt(function, *arguments) -> dict:
+    """What the function returns, or that it failed and why: one broken case must not lose the others."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
+
+
+def kernels(visit: Visit) -> bool:
+    """Both designs of the Triton kernels against ``rnnkernels.reference`` in float64, forward and backward."""
+    deadline = time.monotonic() + visit.budget
+    document, path = visit.document("kernels"), visit.file("-kernels.json")
+    counts: dict[tuple, dict[str, int]] = {}
+    for case in parity_cases(visit):
+        with runner.precision(case["precision"]):
+            dtype = getattr(torch, case["dtype"])
+            for design in designs_for(case["hidden_size"], case["batch"], dtype, visit.device):
+                result = {"name": f"rnn {design} {' '.join(f'{k}={v}' for k, v in case.items())}", **case}
+                result |= {"design": str(design), "status": "skipped", "reason": "the time was used up"}
+                if time.monotonic() < deadline:
+                    result |= attempt(compare, case, design, visit.device)
+                document["cases"].append(result)
+                group = arithmetic(dtype, visit.device), type(design).__name__
+                count = counts.setdefault(group, {})
+                count[result["status"]] = count.get(result["status"], 0) + 1
+                if result["status"] in ("differs", "failed"):
+                    print(f"{result['status']}: {result['name']}: {result['reason']}", flush=True)
+        records.write(path, document)
+    far = {
+        "name": "rnn, more than 2^31 states",
+        "status": "skipped",
+        "reason": "the time was used up, or memory is small",
+    }
+    if not visit.rehearsal and time.monotonic() < deadline and torch.cuda.mem_get_info(visit.device)[0] > 32 * 2**30:
+        far |= attempt(compare_far_offsets, visit.device)
+    document["cases"].append(far)
+    records.write(path, document)
+    for group, count in counts.items():
+        print(f"{' '.join(group)}: {', '.join(f'{number} {status}' for status, number in count.items())}")
+    print(f"{far['name']}: {far['status']} ({far['reason']})" if far["reason"] else f"{far['name']}: {far['status']}")
+    return not any(case["status"] in ("differs", "failed") for case in document["cases"])
+
+
+def compare_designs(case: dict, device: torch.device, steps: int, measurement: dict) -> list[dict]:
+    """Microseconds a step of every design that fits, measured side by side."""
+    from rnnkernels.kernels.eager import rnn as eager
+    from rnnkernels.kernels.triton import rnn
+
+    torch.manual_seed(0)
+    dtype, batch, hidden_size = getattr(torch, case["dtype"]), case["batch"], case["hidden_size"]
+    scale = hidden_size**-0.5
+    projected, outer = (torch.randn(steps, batch, hidden_size, device=device).to(dtype) for _ in range(2))
+    h_0 = torch.randn(batch, hidden_size, device=device).to(dtype)
+    weight = torch.empty(hidden_size, hidden_size, device=device).uniform_(-scale, scale).to(dtype)
+    exact = projected.double()
+    eager.forward(exact, h_0.double(), weight.double(), None, "tanh", False)
+    states = exact.to(dtype)
+    if case["pass"] == "forward":
+        right = exact
+    else:
+        right, _ = eager.backward(outer.double(), h_0.double(), states.double(), weight.double(), None, "tanh", False)
+    limit = LIMITS[arithmetic(dtype, device)]
+    results, functions = [], {}
+    for position, design in enumerate(designs_for(hidden_size, batch, dtype, device, 1, 1024)):
+        # In the timed runs each pass over `buffer` starts from the states of the last: as random as the first input.
+        buffer = projected.clone()
+
+        def run(design=design, buffer=buffer):
+            with forced(design):
+                if case["pass"] == "forward":
+                    rnn.forward(buffer, h_0, weight, None, "tanh", False)
+                    return buffer
+                return rnn.backward(outer, h_0, states, weight, None, "tanh", False)[0]
+
+        result = {**case, "design": str(design), "chosen": position == 0, "status": "failed", "reason": None}
+        try:
+            error = relative_error(run(), right)
+            result |= {"relative_error": records.finite(error), "allowed_error": limit}
+            if error <= limit:
+                functions[str(design)] = run
+            else:
+                result |= {"status": "differs", "reason": f"relative error {error:.1e}, allowed {limit:.1e}"}
+        except Exception as error:
+            result["reason"] = f"{type(error).__name__}: {error}"
+        results.append(result)
+    times = runner.interleave(functions, runner.clock(device), **measurement)
+    for result in results:
+        if result["design"] in times:
+            per_step = runner.summarize([milliseconds * 1e3 / steps for milliseconds in times[result["design"]]])
+            result |= {"status": "measured", "microseconds_per_step": per_step}
+    return results
+
+
+def designs(visit: Visit) -> bool:
+    """Whether the design that the dispatch chooses is the fastest of those that fit."""
+    deadline = time.monotonic() + visit.budget
+    document, path = visit.document("designs"), visit.file("-designs.json")
+    sizes, batches, steps = (256, 128, 64, 32, 16, 512, 1024), (64, 1, 16, 256, 1024), 256
+    measurement = {"seconds": 0.3, "rounds": (7, 200)}
+    if visit.rehearsal:
+        sizes, batches, steps, measurement = (16,), (2,), 3, {"seconds": 0.0, "rounds": (2, 2)}
+    kinds = ARITHMETIC[:1] if visit.rehearsal else (ARITHMETIC[2], ARITHMETIC[0], ARITHMETIC[1])
+    for batch, hidden_size, kind, direction in itertools.product(batches, sizes, kinds, ("forward", "backward")):
+        precision = kind.get("precision", "highest")
+        case = {"hidden_size": hidden_size, "batch": batch, "dtype": kind["dtype"], "precision": precision}
+        case |= {"sequence_length": steps, "pass": direction}
+        case = {"name": f"rnn H={hidden_size} B={batch} {kind['dtype']} {precision} {direction}", **case}
+        if time.monotonic() >= deadline:
+            document["cases"].append({**case, "status": "skipped", "reason": "the time was used up"})
+            continue
+        with runner.precision(precision):
+            try:
+                found = compare_designs(case, visit.device, steps, measurement)
+            except Exception as error:
+                found = [{**case, "status": "failed", "reason": f"{type(error).__name__}: {error}"}]
+        document["cases"] += found
+        records.write(path, document)
+        print(case["name"], flush=True)
+        for result in found:
+            if result["status"] == "measured":
+                figure = f"{result['microseconds_per_step']['median']:8.2f} µs a step"
+            else:
+                figure = f"{result['status']}: {result['reason']}"
+            print(f"  {'*' if result.get('chosen') else ' '} {figure}  {result.get('design', '')}", flush=True)
+    records.write(path, document)
+    print("* the dispatch's choice")
+    return not any(case["status"] in ("differs", "failed") for case in document["cases"])
+
+
+TINY = (Case(3, 2, 3, 4), Case(3, 2, 3, 4, mode="forward"), Case(4, 3, 2, 5, packed=True, bidirectional=True))
+
+
+def benchmarks(visit: Visit) -> bool:
+    """``python -m benchmarks``, with every case that a GPU has."""
+    deadline = time.monotonic() + visit.budget
+    declared = TINY if visit.rehearsal else cases(visit.device.type)
+    selected = [case for case in declared if re.search(visit.filter, case.name)]
+    measurement = {"seconds": 0.0, "rounds": (2, 2)} if visit.rehearsal else {**runner.FULL, "seconds": 1.0}
+    document = visit.document("benchmarks")
+    table.run(selected, visit.device, document, visit.file(".json"), deadline, **measurement)
+    return table.exit_code(document, check=False) == 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, run the parts, and return the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="python benchmarks/gpu_visit.py", description=__doc__.partition("\n")[0])
+    parser.add_argument("--part", choices=(*PARTS, "all"), action="append", help="can be given again; default: all")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the results")
+    parser.add_argument("--budget", type=float, default=500.0, help="seconds that each part may take (default: 500)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal without a GPU")
+    parser.add_argument("--tests", nargs="+", default=[], help="what pytest runs (default: test files about GPUs)")
+    parser.add_argument("--filter", metavar="REGEX", default="", help="only benchmark cases in whose name this occurs")
+    parser.add_argument("--commit", help="commit of the sources, where they are no git checkout")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print(
+            "There is no GPU that this PyTorch can use; --device cpu rehearses the visit without one.", file=sys.stderr
+        )
+        return 2
+    if not _backend.has_triton():
+        print("Triton is not installed, and the visit is about its kernels.", file=sys.stderr)
+        return 2
+    if options.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before the first use of Triton
+    device = torch.device("cuda", torch.cuda.current_device()) if options.device == "cuda" else torch.device("cpu")
+    visit = Visit(
+        device=device,
+        output=options.output.resolve(),
+        budget=options.budget,
+        commit=options.commit,
+        tests=tuple(options.tests),
+        filter=options.filter,
+        command=("python", "benchmarks/gpu_visit.py", *arguments),
+    )
+    wanted = options.part or ["all"]
+    parts = {"report": report, "tests": tests, "kernels": kernels, "designs": designs, "benchmarks": benchmarks}
+    outcome = {}
+    for name, part in parts.items():
+        if name in wanted or "all" in wanted:
+            print(f"\n== {name}: {part.__doc__.partition(chr(10))[0]}", flush=True)
+            start = time.monotonic()
+            outcome[name] = part(visit)
+            print(f"{name}: {'ok' if outcome[name] else 'FAILED'} after {time.monotonic() - start:.0f} s", flush=True)
+    print(f"\nResults are in {os.path.relpath(visit.output)}")
+    return int(not all(outcome.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

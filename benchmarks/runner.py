@@ -1,0 +1,285 @@
+"""Run benchmark cases: compare first, then time both implementations side by side."""
+
+import contextlib
+import dataclasses
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import rnnkernels
+from benchmarks import records
+from benchmarks.cases import TARGETS, Case
+from rnnkernels.__main__ import LIMITS, arithmetic, relative_error
+
+SIDES = ("torch.nn", "rnnkernels")
+
+BASELINE_SLACK = 10
+"""``torch.nn`` may err this much more than rnnkernels: its sums of 16-bit gradients over many steps are inexact."""
+
+WARM_UPS = 2
+FULL = {"seconds": 2.0, "rounds": (15, 1000)}
+QUICK = {"seconds": 0.2, "rounds": (5, 100)}
+"""How long a case is measured, and the least and most rounds."""
+
+
+@contextlib.contextmanager
+def precision(name: str) -> Iterator[None]:
+    """Let float32 products of both sides be IEEE (``"highest"``) or TF32 (``"high"``).
+
+    ``torch.nn`` runs on cuDNN, which has a switch of its own, and its default is TF32.
+    """
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision(name)
+    torch.backends.cudnn.allow_tf32 = name != "highest"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+class CPUClock:
+    """Milliseconds that a call takes."""
+
+    def __call__(self, function: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        function()
+        return (time.perf_counter() - start) * 1e3
+
+
+class CUDAClock:
+    """Milliseconds that a call takes on a GPU that was idle and whose L2 cache holds nothing of use.
+
+    Events on the stream read the GPU's own clock. Waiting before the first puts the launches inside the measurement.
+    """
+
+    def __init__(self, device: torch.device):
+        self.evict = torch.empty(256 * 2**20, dtype=torch.int8, device=device)  # several times any L2 cache
+        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def __call__(self, function: Callable[[], object]) -> float:
+        self.evict.zero_()
+        torch.cuda.synchronize()
+        self.start.record()
+        function()
+        self.end.record()
+        torch.cuda.synchronize()
+        return self.start.elapsed_time(self.end)
+
+
+def clock(device: torch.device) -> CPUClock | CUDAClock:
+    """The clock for work on a device."""
+    return CUDAClock(device) if device.type == "cuda" else CPUClock()
+
+
+def interleave(
+    functions: dict[str, Callable[[], object]], measure: Callable, seconds: float, rounds: tuple[int, int]
+) -> dict[str, list[float]]:
+    """Milliseconds of each call, the functions taking turns for ``seconds``, but at least and at most so many rounds.
+
+    A machine that slows down or serves somebody else in between slows all of them. (``torch.utils.benchmark`` times one
+    statement after the other, so that such a change would pass for a difference.) Every other round runs in the
+    opposite order, so that none always follows the same one.
+    """
+    for _ in range(WARM_UPS):
+        for function in functions.values():
+            function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    order = list(functions)
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        begin, (fewest, most) = time.perf_counter(), rounds
+        for done in range(most):
+            if done >= fewest and time.perf_counter() - begin >= seconds:
+                break
+            for name in order if done % 2 == 0 else reversed(order):
+                times[name].append(measure(functions[name]))
+    finally:
+        if collecting:
+            gc.enable()
+    return times
+
+
+def summarize(times: list[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile, and minimum of milliseconds; and of how many."""
+    quintiles = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
+    return {
+        "median": statistics.median(times),
+        "percentile_20": quintiles[0],
+        "percentile_80": quintiles[3],
+        "minimum": min(times),
+        "rounds": len(times),
+    }
+
+
+def _modules(case: Case, device: torch.device) -> dict[str, torch.nn.Module]:
+    """Both sides and, by the name of ``"exact"``, torch's in float64: with the same weights."""
+    options = {"num_layers": case.num_layers, "bidirectional": case.bidirectional}
+    sizes, dtype = (case.input_size, case.hidden_size), getattr(torch, case.dtype)
+    baseline = getattr(torch.nn, case.module)(*sizes, **options, device=device, dtype=dtype)
+    tested = getattr(rnnkernels, case.module)(*sizes, **options, device=device, dtype=dtype)
+    exact = getattr(torch.nn, case.module)(*sizes, **options, device=device, dtype=torch.float64)
+    for module in (tested, exact):
+        module.load_state_dict(baseline.state_dict())
+    modules = {"torch.nn": baseline, "rnnkernels": tested, "exact": exact}
+    for module in modules.values():
+        module.train(case.mode != "forward")
+    return modules
+
+
+def _input(case: Case, device: torch.device) -> Tensor | PackedSequence:
+    input = torch.randn(case.sequence_length, case.batch, case.input_size, device=device).to(getattr(torch, case.dtype))
+    if not case.packed:
+        return input
+    lengths = torch.linspace(1, case.sequence_length, case.batch).round().long()
+    return pack_padded_sequence(input, lengths[torch.randperm(case.batch)], enforce_sorted=False)
+
+
+def _leaf(input: Tensor | PackedSequence, dtype: torch.dtype) -> tuple[Tensor | PackedSequence, Tensor]:
+    """The input in another type, and the tensor in it that gradients are asked for."""
+    if isinstance(input, PackedSequence):
+        leaf = input.data.to(dtype).detach().requires_grad_()
+        return input._replace(data=leaf), leaf
+    leaf = input.to(dtype).detach().requires_grad_()
+    return leaf, leaf
+
+
+def _callables(case: Case, device: torch.device) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """For each of the modules a function that does what is timed and returns all of its results."""
+    input, cotangents = _input(case, device), None
+
+    def forward(module, input):
+        output, h_n = module(input)
+        return (output.data if isinstance(output, PackedSequence) else output), h_n
+
+    def inference(module, input):
+        with torch.no_grad():
+            return forward(module, input)
+
+    def training(module, input, leaves, cotangents):
+        results = forward(module, input)
+        return *results, *torch.autograd.grad(results, leaves, cotangents)
+
+    functions = {}
+    for name, module in _modules(case, device).items():
+        dtype = module.weight_ih_l0.dtype
+        own_input, leaf = _leaf(input, dtype)
+        if case.mode == "forward":
+            functions[name] = lambda module=module, input=own_input: inference(module, input)
+            continue
+        if cotangents is None:
+            cotangents = [torch.randn_like(result) for result in inference(module, own_input)]
+        leaves, own_cotangents = (leaf, *module.parameters()), [c.to(dtype) for c in cotangents]
+        functions[name] = lambda m=module, i=own_input, leaves=leaves, c=own_cotangents: training(m, i, leaves, c)
+    return functions
+
+
+def _errors(case: Case, functions: dict[str, Callable]) -> dict[str, float]:
+    """The largest relative error of any result or gradient, for each side."""
+    exact = functions["exact"]()
+    errors = {}
+    for side in SIDES:
+        found = [relative_error(value, right) for value, right in zip(functions[side](), exact, strict=True)]
+        errors[side] = math.nan if any(map(math.isnan, found)) else max(found)
+    return errors
+
+
+def run_case(case: Case, device: torch.device, seconds: float, rounds: tuple[int, int]) -> dict:
+    """Compare and time one case.
+
+    Returns what a result file says of it. Times and ratios are there only where both sides agree with float64:
+    ``status`` is ``"measured"`` then, and else ``"differs"``, or ``"failed"`` where one of them raised.
+    """
+    result = {"name": case.name, **dataclasses.asdict(case), "status": "failed", "reason": None}
+    torch.manual_seed(0)
+    try:
+        with precision(case.precision):
+            limit = LIMITS[arithmetic(getattr(torch, case.dtype), device)]
+            functions = _callables(case, device)
+            errors = _errors(case, functions)
+            allowed = {"torch.nn": BASELINE_SLACK * limit, "rnnkernels": limit}
+            result |= {
+                "relative_error": {side: records.finite(error) for side, error in errors.items()},
+                "allowed_error": allowed,
+            }
+            wrong = [side for side in SIDES if not errors[side] <= allowed[side]]  # NaN is wrong
+            if wrong:
+                came = " and ".join(f"{errors[side]:.1e} for {side} ({allowed[side]:.1e} allowed)" for side in wrong)
+                return result | {"status": "differs", "reason": f"relative error of {came}: no speed-up is reported"}
+            del functions["exact"]
+            times = interleave(functions, clock(device), seconds, rounds)
+    except Exception as error:  # one case that can't run must not lose the others
+        return result | {"reason": f"{type(error).__name__}: {error}"}
+    milliseconds = {side: summarize(times[side]) for side in SIDES}
+    return result | {
+        "status": "measured",
+        "milliseconds": milliseconds,
+        "ratio": milliseconds["torch.nn"]["median"] / milliseconds["rnnkernels"]["median"],
+        "ratio_of_minima": milliseconds["torch.nn"]["minimum"] / milliseconds["rnnkernels"]["minimum"],
+    }
+
+
+def skipped(case: Case, reason: str) -> dict:
+    """What a result file says of a case that was not run."""
+    return {"name": case.name, **dataclasses.asdict(case), "status": "skipped", "reason": reason}
+
+
+def verdicts(results: list[dict]) -> list[dict]:
+    """Each target with the value reached; ``met`` is None where the cases that it takes were not all measured."""
+    fields = [field.name for field in dataclasses.fields(Case)]
+    ratios = {
+        Case(**{name: result[name] for name in fields}): result["ratio"]
+        for result in results
+        if result["status"] == "measured"
+    }
+    found = []
+    for target in TARGETS:
+        values = [ratio for case, ratio in ratios.items() if target.applies(case)]
+        enough = len(values) >= target.complete
+        combine = statistics.geometric_mean if target.statistic == "geometric mean" else min
+        value = combine(values) if values else None
+        met = value >= target.at_least if enough else None
+        found.append({"target": target.text, "at_least": target.at_least, "value": value, "met": met})
+    return found
+
+
+WIDTH = 74
+HEADER = f"{'case':{WIDTH}}  {'torch.nn, ms':>23}  {'rnnkernels, ms':>23}  {'ratio':>5}  minima"
+
+
+def row(result: dict) -> str:
+    """A case's line in the table: medians with their 20th and 80th percentiles, and how many times faster it is."""
+    name = f"{result['name']:{WIDTH}}"
+    if result["status"] != "measured":
+        return f"{name}  {result['status']}: {result['reason']}"
+
+    def span(times):
+        return f"{times['median']:.4g} ({times['percentile_20']:.4g}–{times['percentile_80']:.4g})"
+
+    columns = [f"{span(result['milliseconds'][side]):>23}" for side in SIDES]
+    return f"{name}  {columns[0]}  {columns[1]}  {result['ratio']:5.2f}  {result['ratio_of_minima']:6.2f}"
+
+
+def footer(results: list[dict]) -> str:
+    """Geometric means, the lowest ratio, and the verdicts."""
+    measured = [result for result in results if result["status"] == "measured"]
+    lines = []
+    for mode in dict.fromkeys(result["mode"] for result in measured):
+        ratios = [result["ratio"] for result in measured if result["mode"] == mode]
+        lines.append(f"{mode}: geometric mean {statistics.geometric_mean(ratios):.2f} over {len(ratios)} cases")
+    if measured:
+        lowest = min(measured, key=lambda result: result["ratio"])
+        lines.append(f"lowest ratio: {lowest['ratio']:.2f} ({lowest['name']})")
+    for verdict in verdicts(results):
+        met = {True: "met", False: "NOT met", None: "not measured"}[verdict["met"]]
+        value = "" if verdict["met"] is None else f", is {verdict['value']:.2f}"
+        lines.append(f"target {met}: {verdict['target']}; at least {verdict['at_least']}{value}")
+    return "\n".join(lines)

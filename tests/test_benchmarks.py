@@ -1,0 +1,414 @@
+"""The benchmarks' machinery. No time that is measured here passes or fails a test."""
+
+import dataclasses
+import gc
+import importlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rnnkernels as rk
+from rnnkernels.kernels.eager import rnn as eager
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import __main__ as table  # noqa: E402
+from benchmarks import records, runner  # noqa: E402
+from benchmarks.cases import MODES, SHAPES, Case, cases  # noqa: E402
+
+CPU = torch.device("cpu")
+MOMENT = {"seconds": 0.0, "rounds": (2, 2)}
+TRAINING, INFERENCE = Case(5, 3, 4, 6), Case(5, 3, 4, 6, mode="forward")
+
+
+@pytest.fixture(scope="module")
+def conform():
+    """A function that holds a result file's content to the schema."""
+    jsonschema = pytest.importorskip("jsonschema", reason="comes with nbval")
+    schema = json.loads((ROOT / "benchmarks" / "schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+
+    def conform(document):
+        error = jsonschema.exceptions.best_match(validator.iter_errors(document))
+        assert error is None, f"{error.json_path}: {error.message}"
+
+    return conform
+
+
+def document(kind="benchmarks", **more):
+    return {**records.header(kind, ["python", "-m", "benchmarks"], CPU), "cases": [], **more}
+
+
+def run_script(*arguments, **environment):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+
+
+# ---------------------------------------------------------------- cases
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_declared_cases(device_type):
+    declared = cases(device_type)
+    assert len({case.name for case in declared}) == len(declared)
+    plain = [case for case in declared if case.plain]
+    assert [(c.sequence_length, c.batch, c.input_size, c.hidden_size, c.mode) for c in plain] == [
+        (*shape, mode) for mode in MODES for shape in SHAPES
+    ]
+    assert all(case.dtype == "float32" and case.precision == "highest" for case in plain)
+    kinds = {(case.dtype, case.precision) for case in declared}
+    assert kinds >= ({("bfloat16", "highest"), ("float32", "high")} if device_type == "cuda" else set())
+
+
+# ---------------------------------------------------------------- comparison
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bidirectional": True}, {"num_layers": 2}, {"packed": True}, {"packed": True, "bidirectional": True}],
+)
+@pytest.mark.parametrize("case", [TRAINING, INFERENCE], ids=lambda case: case.mode)
+def test_a_case_is_compared_and_measured(conform, case, options):
+    case = dataclasses.replace(case, **options)
+    result = runner.run_case(case, CPU, **MOMENT)
+    assert result["status"] == "measured", result["reason"]
+    assert all(0 < result["relative_error"][side] < 1e-6 for side in runner.SIDES)
+    medians = {side: result["milliseconds"][side]["median"] for side in runner.SIDES}
+    assert result["ratio"] == medians["torch.nn"] / medians["rnnkernels"]
+    conform(document(cases=[result], targets=runner.verdicts([result])))
+
+
+def slightly_wrong(forward):
+    def wrong(self, input, hx=None):
+        output, h_n = forward(self, input, hx)
+        return output * (1 + 1e-4), h_n
+
+    return wrong
+
+
+def nan(forward):
+    def wrong(self, input, hx=None):
+        output, h_n = forward(self, input, hx)
+        return output, h_n * math.nan
+
+    return wrong
+
+
+@pytest.mark.parametrize("break_", [slightly_wrong, nan])
+@pytest.mark.parametrize("case", [TRAINING, INFERENCE], ids=lambda case: case.mode)
+def test_no_speed_up_is_reported_where_results_differ(monkeypatch, conform, case, break_):
+    monkeypatch.setattr(rk.RNN, "forward", break_(rk.RNN.forward))
+    result = runner.run_case(case, CPU, **MOMENT)
+    assert result["status"] == "differs"
+    assert "rnnkernels" in result["reason"]
+    assert not {"ratio", "milliseconds"} & result.keys()
+    assert "differs" in runner.row(result)
+    conform(document(cases=[result], targets=runner.verdicts([result])))
+
+
+def test_no_speed_up_is_reported_where_gradients_differ(monkeypatch):
+    derivative = eager._derivative
+    monkeypatch.setattr(eager, "_derivative", lambda *arguments: derivative(*arguments) * (1 + 1e-4))
+    assert runner.run_case(TRAINING, CPU, **MOMENT)["status"] == "differs"
+    assert runner.run_case(INFERENCE, CPU, **MOMENT)["status"] == "measured"
+
+
+def test_a_case_that_raises_does_not_lose_the_others(conform):
+    result = runner.run_case(dataclasses.replace(TRAINING, module="Transformer"), CPU, **MOMENT)
+    assert result["status"] == "failed"
+    assert "AttributeError" in result["reason"] or "TypeError" in result["reason"]
+    conform(document(cases=[result], targets=runner.verdicts([result])))
+
+
+def test_precision_is_the_same_for_both_sides_and_restored():
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    with runner.precision("high"):
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
+        with runner.precision("highest"):
+            assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+
+
+# ---------------------------------------------------------------- measurement
+
+
+def test_calls_take_turns_in_changing_order():
+    calls = []
+    functions = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    times = runner.interleave(functions, lambda function: function() or len(calls), seconds=0.0, rounds=(3, 100))
+    warm_up = "ab" * runner.WARM_UPS
+    assert "".join(calls) == warm_up + "ab" + "ba" + "ab"
+    assert times == {"a": [5, 8, 9], "b": [6, 7, 10]}
+    assert gc.isenabled()
+    times = runner.interleave(functions, lambda function: 1.0, seconds=math.inf, rounds=(3, 7))
+    assert [len(values) for values in times.values()] == [7, 7]
+
+
+def test_statistics():
+    found = runner.summarize([float(value) for value in (6, 1, 11, 2, 10, 3, 9, 4, 8, 5, 7)])
+    assert found == {"median": 6, "percentile_20": 3, "percentile_80": 9, "minimum": 1, "rounds": 11}
+    assert runner.summarize([2.0])["percentile_80"] == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_gpus_clock_waits_for_the_work():
+    measure = runner.clock(torch.device("cuda"))
+    short, long = (measure(lambda cycles=cycles: torch.cuda._sleep(cycles)) for cycles in (1_000_000, 50_000_000))
+    assert long > 5 * short > 0
+
+
+# ---------------------------------------------------------------- verdicts and the command line
+
+
+def measured(case, ratio):
+    return {"name": case.name, **dataclasses.asdict(case), "status": "measured", "reason": None, "ratio": ratio}
+
+
+def test_verdicts():
+    training = [Case(*shape) for shape in SHAPES]
+    results = [measured(case, ratio) for case, ratio in zip(training, (1.0, 2.0, 4.0, 1.0, 2.0), strict=True)]
+    mean, lowest = runner.verdicts(results)
+    assert mean["value"] == pytest.approx(16 ** (1 / 5))
+    assert (mean["met"], lowest["met"], lowest["value"]) == (True, True, 1.0)
+    others = [measured(dataclasses.replace(training[0], mode="forward"), 0.94)]
+    others += [measured(dataclasses.replace(training[0], packed=True), 9.0)]
+    assert runner.verdicts(results + others)[0] == mean
+    assert runner.verdicts(results + others)[1]["met"] is False
+    assert runner.verdicts([measured(case, 1.4) for case in training])[0]["met"] is False
+    assert [verdict["met"] for verdict in runner.verdicts(results[:4])] == [None, True]
+    assert [verdict["met"] for verdict in runner.verdicts([])] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("statuses", "met", "check", "code"),
+    [
+        (("measured", "skipped"), False, False, 0),
+        (("measured",), False, True, 1),
+        (("measured",), True, True, 0),
+        (("measured",), None, True, 0),
+        (("measured", "differs"), True, False, 1),
+        (("failed",), True, False, 1),
+    ],
+)
+def test_exit_code(statuses, met, check, code):
+    found = {"cases": [{"status": status} for status in statuses], "targets": [{"met": met}]}
+    assert table.exit_code(found, check) == code
+
+
+def test_the_command_prints_a_table_and_writes_a_file(tmp_path, conform):
+    path = tmp_path / "folder" / "results.json"
+    pattern = "T=512 .*forward float32$"
+    finished = run_script("-m", "benchmarks", "--device=cpu", "--quick", "--filter", pattern, "--json", str(path))
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    result = json.loads(path.read_text())
+    conform(result)
+    assert [case["name"] for case in result["cases"]] == ["RNN T=512 B=1 I=64 H=256 forward float32"]
+    assert result["cases"][0]["name"] in finished.stdout
+    assert f"lowest ratio: {result['cases'][0]['ratio']:.2f}" in finished.stdout
+    assert result["machine"]["threads"] == 1
+    assert os.listdir(path.parent) == ["results.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--filter", "("], "--filter: expected a regular expression"),
+        (["--filter", "no such case"], "--filter: no case's name has 'no such case' in it"),
+        (["--threads", "0"], "--threads: expected at least 1, got 0"),
+        (["--device", "tpu"], "--device"),
+        pytest.param(
+            ["--device", "cuda"],
+            "there is no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_bad_arguments(capsys, arguments, says):
+    with pytest.raises(SystemExit) as exit:
+        table.main(arguments)
+    assert exit.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_spent_budget_lists_what_was_left_out(capsys, conform, tmp_path):
+    found, path = document(), tmp_path / "results.json"
+    table.run([TRAINING, INFERENCE], CPU, found, path, deadline=-math.inf, **MOMENT)
+    assert [case["status"] for case in found["cases"]] == ["skipped", "skipped"]
+    assert json.loads(path.read_text()) == found
+    conform(found)
+
+
+# ---------------------------------------------------------------- result files
+
+
+def test_a_file_says_where_it_comes_from(conform):
+    found = document(targets=[])
+    conform(found)
+    assert found["software"]["torch"] == torch.__version__
+    if shutil.which("git") and (ROOT / ".git").exists():
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        assert found["commit"] == commit
+        assert isinstance(found["dirty"], bool)
+    assert str(ROOT) not in json.dumps(found)
+
+
+def test_sources_without_git_take_the_commit_that_is_given(monkeypatch, conform):
+    monkeypatch.setattr(records, "_git", lambda *arguments: None)
+    found = records.header("kernels", ["x"], CPU, commit="abc")
+    assert (found["commit"], found["dirty"]) == ("abc", None)
+    conform({**found, "cases": []})
+
+
+def test_files_never_replace_one_another(tmp_path):
+    paths = []
+    for _ in range(3):
+        paths.append(records.new_file(tmp_path, CPU, "-kernels.json"))
+        records.write(paths[-1], {})
+    endings = [path.name.partition("-cpu")[2] for path in paths]
+    assert endings == ["-kernels.json", "-2-kernels.json", "-3-kernels.json"]
+
+
+def test_the_schema_refuses_a_ratio_that_was_not_measured(conform):
+    result = runner.run_case(INFERENCE, CPU, **MOMENT)
+    conform(document(cases=[result], targets=[]))
+    for wrong in ({**result, "status": "differs"}, {k: v for k, v in result.items() if k != "ratio"}):
+        with pytest.raises(AssertionError, match=r"^\$"):
+            conform(document(cases=[wrong], targets=[]))
+
+
+def test_recorded_results_conform(conform):
+    for path in (ROOT / "benchmarks" / "results").glob("**/*.json"):
+        conform(json.loads(path.read_text()))
+
+
+def test_the_readme_explains_every_field():
+    readme = (ROOT / "benchmarks" / "README.md").read_text()
+    schema = json.loads((ROOT / "benchmarks" / "schema.json").read_text())
+    machine = schema["properties"]["machine"]["properties"]
+    names = [*schema["properties"], *schema["properties"]["software"]["properties"], *machine]
+    names += machine["gpu"]["oneOf"][1]["properties"]
+    for kind in ("times", "target"):
+        names += schema["$defs"][kind]["properties"]
+    declared = {field.name for field in dataclasses.fields(Case)}
+    names += set(schema["$defs"]["benchmark"]["properties"]) - declared
+    missing = [name for name in names if f"`{name}`" not in readme]
+    assert not missing
+
+
+# ---------------------------------------------------------------- the visit to a GPU
+
+
+@pytest.fixture
+def visit(monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    return importlib.import_module("benchmarks.gpu_visit")
+
+
+def test_reading_what_pytest_prints(visit):
+    lines = [
+        "tests/test_a.py::test_x[a b-1] PASSED                 [  9%]",
+        "tests/test_a.py::test_y SKIPPED (needs a CUDA device)  [ 18%]",
+        "[gw3] [ 27%] FAILED tests/test_a.py::test_z[1-2] ",
+        "tests/test_a.py::test_w ",
+        "=========================== short test summary info ============================",
+        "FAILED tests/test_a.py::test_z[1-2] - assert 0",
+    ]
+    assert visit.read_tests(lines) == [
+        {"name": "tests/test_a.py::test_x[a b-1]", "status": "passed"},
+        {"name": "tests/test_a.py::test_y", "status": "skipped"},
+        {"name": "tests/test_a.py::test_z[1-2]", "status": "failed"},
+    ]
+
+
+def test_the_tests_that_have_to_do_with_a_gpu_are_found(visit):
+    assert "tests/test_kernels_rnn.py" in visit.tests_of_gpus()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_visit_needs_a_gpu(tmp_path):
+    finished = run_script("benchmarks/gpu_visit.py", "--output", str(tmp_path))
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("There is no GPU")
+    assert not finished.stdout
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.interpreter
+@pytest.mark.slow
+def test_a_rehearsal_goes_through_every_part(tmp_path, conform):
+    arguments = ["--device", "cpu", "--output", str(tmp_path), "--tests", "tests/test_main.py::test_relative_error"]
+    finished = run_script("benchmarks/gpu_visit.py", *arguments)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    written = {path.name.partition("-cpu")[2]: path for path in tmp_path.iterdir()}
+    endings = [".json", "-designs.json", "-kernels.json", "-report.txt", "-tests.json", "-tests.log"]
+    assert sorted(written) == sorted(endings)
+    found = {ending: json.loads(written[ending].read_text()) for ending in endings if ending.endswith("json")}
+    for content in found.values():
+        conform(content)
+        assert content["machine"]["device"] == "cpu"
+    assert found["-tests.json"]["cases"] == [{"name": "tests/test_main.py::test_relative_error", "status": "passed"}]
+    designs = {case.get("design", "").partition("(")[0] for case in found["-kernels.json"]["cases"]}
+    assert designs >= {"Resident", "Step"}
+    assert {case["status"] for case in found["-kernels.json"]["cases"][:-1]} == {"agrees"}
+    assert {case["status"] for case in found["-designs.json"]["cases"]} == {"measured"}
+    assert {case["status"] for case in found[".json"]["cases"]} == {"measured"}
+
+
+@pytest.mark.interpreter
+def test_a_visit_without_time_lists_what_it_left_out(tmp_path, conform):
+    parts = ["--part", "kernels", "--part", "designs", "--part", "benchmarks"]
+    finished = run_script(
+        "benchmarks/gpu_visit.py", "--device", "cpu", "--output", str(tmp_path), "--budget", "0", *parts
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    for path in tmp_path.iterdir():
+        content = json.loads(path.read_text())
+        conform(content)
+        assert {case["status"] for case in content["cases"]} == {"skipped"}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+def test_a_wrong_kernel_is_seen(monkeypatch, visit, nonlinearity, kernel_device):
+    from rnnkernels.kernels.triton import rnn
+
+    case = {"sequence_length": 5, "batch": 4, "hidden_size": 6, "nonlinearity": nonlinearity, "reverse": False}
+    case |= {"lengths": True, "dtype": "float32"}
+    (resident, step) = visit.designs_for(6, 4, torch.float32, kernel_device)
+    backward = rnn.backward
+    for design in (resident, step):
+        monkeypatch.setattr(rnn, "backward", backward)
+        assert visit.compare(case, design, kernel_device)["status"] == "agrees"
+        monkeypatch.setattr(rnn, "backward", lambda *arguments: [g * 1.01 for g in backward(*arguments)])
+        result = visit.compare(case, design, kernel_device)
+        assert result["status"] == "differs"
+        assert "gradient of weight_hh" in result["reason"]
+
+
+def test_a_design_is_forced(visit, kernel_device, monkeypatch):
+    from rnnkernels.kernels.triton import dispatch, rnn
+
+    resident, step = visit.designs_for(6, 4, torch.float32, kernel_device)
+    assert (type(resident), type(step)) == (dispatch.Resident, dispatch.Step)
+    with visit.forced(step):
+        assert rnn.choose("rnn", 6, 4, torch.float32, kernel_device) == step
+        assert rk._backend._selected == "triton"
+    assert rnn.choose("rnn", 6, 4, torch.float32, kernel_device) == resident
+
+
+def test_a_command_that_outlasts_its_time_is_ended(visit, tmp_path, capsys):
+    command = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(600)"]
+    code, lines = visit.stream(command, tmp_path / "log", seconds=3)
+    assert code is None
+    assert lines in (["begun"], [])

@@ -1,0 +1,127 @@
+"""``python -m rnnkernels``: what it reports, and that its self-check sees what is wrong."""
+
+import math
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+import rnnkernels as rk
+from rnnkernels import __main__ as report
+from rnnkernels import _backend
+from rnnkernels.kernels.eager import rnn as eager
+
+
+def run(**environment):
+    unset = dict.fromkeys(("TRITON_INTERPRET", "RNNKERNELS_BACKEND"))
+    env = {name: value for name, value in {**os.environ, **unset, **environment}.items() if value is not None}
+    return subprocess.run([sys.executable, "-m", "rnnkernels"], env=env, capture_output=True, text=True, timeout=300)
+
+
+def checks(output):
+    """The lines of the self-check, as words."""
+    lines = output.partition("Self-check")[2].splitlines()[1:]
+    return [line.split() for line in lines if line.startswith("  ")]
+
+
+def test_the_report_of_this_machine():
+    finished = run()
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert not finished.stderr
+    lines = finished.stdout.splitlines()
+    assert lines[0] == f"rnnkernels {rk.__version__}"
+    assert any(line.split()[:2] == ["torch", f"{torch.__version__},"] for line in lines)
+    assert "  rnn  cpu  float32, bfloat16, float16: eager" in lines
+    on_cpu = [words for words in checks(finished.stdout) if words[1] == "cpu"]
+    assert [words[2:5] for words in on_cpu] == [
+        [dtype, "eager", "ok"] for dtype in ("float64", "float32", "bfloat16", "float16")
+    ]
+
+
+@pytest.mark.interpreter
+def test_the_interpreter_checks_the_triton_kernels():
+    pytest.importorskip("triton")
+    finished = run(TRITON_INTERPRET="1")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert ["rnn", "cpu", "float32", "triton", "ok"] in [words[:5] for words in checks(finished.stdout)]
+
+
+def test_a_backend_that_cannot_run_is_an_error():
+    finished = run(RNNKERNELS_BACKEND="triton")
+    if torch.cuda.is_available():
+        assert finished.returncode == 0
+    else:
+        assert finished.returncode == 1
+        assert "nothing: no operator has an implementation here" in finished.stdout
+    assert "rnn  cpu  float64: none" in finished.stdout
+
+
+def wrong_gradient(*arguments):
+    grad_projected, grad_h_0 = backward(*arguments)
+    return grad_projected, grad_h_0 * (1 + 1e-4)
+
+
+def nan_gradient(*arguments):
+    grad_projected, grad_h_0 = backward(*arguments)
+    return grad_projected, grad_h_0 * math.nan
+
+
+def no_gradient(*arguments):
+    raise RuntimeError("out of order")
+
+
+backward = eager.backward
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [(wrong_gradient, "WRONG"), (nan_gradient, "WRONG"), (no_gradient, "RuntimeError: out of order")],
+)
+def test_the_self_check_sees_a_broken_kernel(monkeypatch, capsys, broken, says):
+    monkeypatch.setattr(eager, "backward", broken)
+    assert report.main() == 1
+    output = capsys.readouterr().out
+    assert any(line.startswith("  rnn  cpu  float32") and says in line for line in output.splitlines())
+    assert "Failed: " in output
+
+
+def test_a_failed_check_leaves_the_random_state_alone(capsys):
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    report.main()
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_without_triton(monkeypatch, capsys):
+    monkeypatch.setattr(_backend, "has_triton", lambda: False)
+    monkeypatch.setattr(report, "version_of", lambda package: None)
+    assert report.main() == 0
+    output = capsys.readouterr().out
+    assert "triton      not installed" in output
+
+
+def test_a_gpu_is_described_with_the_designs_of_its_kernels(monkeypatch):
+    dispatch = pytest.importorskip("rnnkernels.kernels.triton.dispatch", exc_type=ImportError)
+    gpu = types.SimpleNamespace(
+        name="NVIDIA H200", major=9, minor=0, total_memory=140 * 2**30, multi_processor_count=132
+    )
+    monkeypatch.setattr(report, "devices", lambda: [torch.device("cpu"), torch.device("cuda", 0)])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(report, "driver_version", lambda: "580.1")
+    monkeypatch.setattr(dispatch, "shared_memory", lambda device: 227 * 1024)
+    lines = list(report._device_lines())
+    assert lines[1] == "cuda:0  NVIDIA H200, capability 9.0, 140 GiB, 132 multiprocessors, driver 580.1"
+    designs = {line.split()[2].rstrip(","): line for line in report._designs()}
+    assert "resident for 16, 32, 64, 128, 256; step for 512, 1024" in designs["bfloat16"]
+    assert "resident for 16, 32, 64; step for 128, 256, 512, 1024" in designs["float32"]
+    assert "rnn  cuda:0  float32, bfloat16, float16: triton" in list(report._implementations())
+
+
+def test_relative_error():
+    expected = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    assert report.relative_error(expected + torch.tensor([0.0, 0.5]), expected) == pytest.approx(0.1)
+    assert math.isnan(report.relative_error(torch.tensor([math.nan, 4.0]), expected))
