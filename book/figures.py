@@ -25,13 +25,13 @@ COLOURS = {
     "paper": ("#fefefe", "#121212"),
     "ink": ("#1f2328", "#e3e6ea"),
     "grid": ("#dcdfe3", "#3a3d42"),
-    "grey": ("#757a80", "#8f979f"),
+    "grey": ("#696e74", "#868e96"),
     "blue": ("#0072b2", "#4ba3e6"),
     "vermilion": ("#d55e00", "#f2703a"),
     "green": ("#12a06c", "#3fdc9b"),
     "violet": ("#5a2ea6", "#9a70f0"),
     "brown": ("#6e3f00", "#f5d04c"),
-    "pink": ("#e0559a", "#ec8fb8"),
+    "pink": ("#e0559a", "#f3a0c8"),
 }
 SERIES = ("blue", "vermilion", "green", "violet", "brown", "pink")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
