@@ -191,9 +191,11 @@ def gradient_norm_per_lag(module, input, hx=None, *, cotangent=None, wrt="state"
     module hands from step :math:`t` to the next (all layers; for an LSTM the hidden and the cell state together),
     it returns
 
-    .. math:: g_k=\Bigl\|\frac{\partial\,\langle v,y_T\rangle}{\partial s_{T-k}}\Bigr\|_2,\quad k=0,\dots,T
-       \qquad\text{or, with wrt="input",}\qquad
-       g_k=\Bigl\|\frac{\partial\,\langle v,y_T\rangle}{\partial x_{T-k}}\Bigr\|_2,\quad k=0,\dots,T-1.
+    .. math:: g_k=\Bigl\|\frac{\partial\,\langle v,y_T\rangle}{\partial s_{T-k}}\Bigr\|_2,\qquad k=0,\dots,T,
+
+    or, with ``wrt="input"``,
+
+    .. math:: g_k=\Bigl\|\frac{\partial\,\langle v,y_T\rangle}{\partial x_{T-k}}\Bigr\|_2,\qquad k=0,\dots,T-1.
 
     The derivatives are total ones: through every path over the later steps. :math:`y_T` is itself a part of
     :math:`s_T`, and so :math:`g_0=\|v\|` for the state. For a one-layer RNN :math:`g_k=\|P_k^\top v\|` with
