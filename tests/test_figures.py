@@ -215,7 +215,7 @@ def states(count=3):
 
 
 def test_slider_has_one_described_state_per_figure():
-    labels, alt = ["a < b", 'the "second"', "c | d"], ["first & only", "the 'second' one", "third"]
+    labels, alt = ["a < b", 'the "second"', "c | d"], ["first & only", 'the "second" <one>', "third"]
     html = figures.slider(states(), labels, "size", alt).data
     page = Outline(html)
     shown = [attrs for tag, attrs in page.tags if tag == "div" and attrs.get("class") == "state"]
