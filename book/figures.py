@@ -238,7 +238,9 @@ def slider(figs, labels, title, alt):
         ".figure-slider label{display:flex;flex-wrap:wrap;gap:.3em .8em;align-items:center}"
         ".figure-slider input{flex:1 1 12em;min-width:0;max-width:24em}</style>"
         f'{"".join(states)}<label>{name} <input type="range" min="0" max="{len(figs) - 1}" step="1" value="0" '
-        f'autocomplete="off" data-labels="{listed}" aria-valuetext="{first}" oninput="{html.escape(move)}">'
+        f'autocomplete="off" data-labels="{listed}" aria-valuetext="{first}" oninput="{html.escape(move)}" '
+        # JupyterLab takes the arrow keys for itself unless they stop here
+        'onkeydown="event.stopPropagation()">'
         f"<output>{first}</output></label></div>"
     )
 
