@@ -4,7 +4,7 @@ import re
 from urllib.parse import unquote, urldefrag
 
 import pytest
-from conftest import HTML, Sight, pages
+from sight import HTML, Sight, pages
 
 CHAPTERS = [page for page in pages() if re.match(r"book/\d\d_.*\.html", page)]
 
