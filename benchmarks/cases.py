@@ -13,6 +13,12 @@ SHAPES = (
 )
 """(sequence_length, batch, input_size, hidden_size) of the cases that the targets speak of."""
 
+SHORT_SHAPES = (
+    (1, 1, 64, 128),
+    (8, 32, 128, 256),
+)
+"""One step, as when a model generates text, and a few."""
+
 GPU_SHAPES = (
     (512, 256, 128, 128),
     (512, 64, 256, 256),
@@ -48,7 +54,7 @@ class Case:
     bidirectional: bool = False
     """Whether each layer also runs backwards."""
     packed: bool = False
-    """Whether the input is a PackedSequence, with lengths spread evenly from 1 to ``sequence_length``."""
+    """Whether the input is a PackedSequence, with lengths spread evenly over 1 to ``sequence_length``, in no order."""
 
     @property
     def name(self) -> str:
@@ -84,12 +90,11 @@ ARITHMETIC = (
 def cases(device_type: str) -> list[Case]:
     """The cases of a device, ``"cpu"`` or ``"cuda"``: those that matter most come first."""
     arithmetic = ARITHMETIC if device_type == "cuda" else ARITHMETIC[:1]
-    declared = [
-        *(Case(*shape, mode=mode) for mode, shape in itertools.product(MODES, SHAPES)),
-        *(
-            Case(*SHAPES[1], mode=mode, **variant, **types)
-            for types, variant, mode in itertools.product(arithmetic, VARIANTS, MODES)
-        ),
+    declared = [Case(*shape, mode=mode) for mode, shape in itertools.product(MODES, SHAPES)]
+    declared += [Case(*shape, mode=mode) for shape, mode in itertools.product(SHORT_SHAPES, MODES)]
+    declared += [
+        Case(*shape, mode=mode, **variant, **types)
+        for types, variant, shape, mode in itertools.product(arithmetic, VARIANTS, SHAPES[:2], MODES)
     ]
     if device_type == "cuda":
         declared += [

@@ -139,7 +139,7 @@ def _input(case: Case, device: torch.device) -> Tensor | PackedSequence:
     input = torch.randn(case.sequence_length, case.batch, case.input_size, device=device).to(getattr(torch, case.dtype))
     if not case.packed:
         return input
-    lengths = torch.linspace(1, case.sequence_length, case.batch).round().long()
+    lengths = (torch.arange(1, case.batch + 1) * case.sequence_length / case.batch).ceil().long()
     return pack_padded_sequence(input, lengths[torch.randperm(case.batch)], enforce_sorted=False)
 
 

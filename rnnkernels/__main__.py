@@ -177,7 +177,7 @@ def _can_be_checked(device: torch.device, dtype: torch.dtype, backend: str) -> b
     except RuntimeError:
         return False
     # The interpreter, as shipped, multiplies bfloat16 wrongly.
-    return not (implementation == "triton" and device.type == "cpu" and dtype == torch.bfloat16)
+    return not (implementation == "triton" and _backend.interpreting() and dtype == torch.bfloat16)
 
 
 def _cases() -> Iterator[tuple[str, torch.device, torch.dtype, str]]:
