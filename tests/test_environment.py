@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -94,7 +95,7 @@ def test_constraints_pin_what_the_project_requires(python):
 
 
 def test_installed_versions_are_the_pinned_ones():
-    versions = pinned(linux(f"{sys.version_info.major}.{sys.version_info.minor}"))
+    versions = pinned(default_environment())
     checked = 0
     for distribution in importlib.metadata.distributions():
         name = canonicalize_name(distribution.name)

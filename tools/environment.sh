@@ -31,7 +31,7 @@ find_python() {
 explain_failure() {
     tools/check_space.sh 200 || exit 1
     if grep -q 'No space left on device' "$log" 2>/dev/null; then
-        die "the disk is full; the environment needs about 4 GB (12 GB where pip chooses CUDA builds)."
+        die "the disk is full; the environment needs about 4 GB (10 GB where pip chooses CUDA builds)."
     elif grep -q -e 'NewConnectionError' -e 'NameResolutionError' -e 'Failed to establish a new connection' \
         -e 'ConnectTimeout' -e 'ReadTimeout' -e 'ConnectionResetError' -e 'ProxyError' -e 'Connection refused' -e 'SSLError' "$log" 2>/dev/null
     then
