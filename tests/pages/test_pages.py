@@ -32,8 +32,9 @@ def test_has_no_broken_tex(look, page):
 
 def test_numbers_and_links_equations(look, page):
     shown = look(page).shown
-    for equation in shown["equations"]:
-        assert re.fullmatch(r"\(\d+(\.\d+)?\)", equation["number"]), equation
+    numbers = [equation["number"] for equation in shown["equations"]]
+    assert all(re.fullmatch(r"\(\d+(\.\d+)?\)", number) for number in numbers), numbers
+    assert len(set(numbers)) == len(numbers), numbers
     for reference in shown["references"]:
         target, anchor = urldefrag(reference["href"])
         there = {e["id"]: e["number"] for e in look(target.split("/", 3)[3]).shown["equations"]}
@@ -167,6 +168,7 @@ BROKEN = """<!doctype html><html lang="en"><body><main>
 <h1>Broken</h1><h1>Twice</h1><article>
 <div class="math" id="equation-a">\\[\\frac{a}\\]</div>
 <span class="math">\\(\\undefinedcommand x\\)</span>
+<span class="math">x_t</span>
 <p>The state $h_t$ was not rendered.</p>
 <div style="width: 900px">wide</div>
 <img src="_static/missing.png">
@@ -181,6 +183,7 @@ def test_the_checks_see_a_broken_page(site, browser):
     assert set(sight.foreign) == {"http://cdn.example/library.js"}
     assert any("missing.png: 404" in failure for failure in sight.failed)
     assert "broken" in sight.complaints
+    assert [formula["rendered"] for formula in sight.shown["formulas"]] == [1, 1, 0]
     assert any("Missing argument" in error for error in sight.shown["errors"])
     assert any("undefinedcommand" in error for error in sight.shown["errors"])
     assert sight.shown["raw"] == ["The state $h_t$ was not rendered."]
