@@ -1,7 +1,7 @@
 r"""Sphinx extension: docstrings that read well in ``help()`` and on a page.
 
-``$x_t$`` becomes the role ``:math:`x_t```. Footnotes, which every docstring numbers from 1, become a plain list, so that
-many docstrings can stand on one page.
+``$x_t$`` becomes the role ``:math:`x_t```. Footnotes, which every docstring numbers from 1, become a plain list, so
+that many docstrings can stand on one page.
 """
 
 import re
