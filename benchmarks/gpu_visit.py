@@ -31,7 +31,7 @@ from benchmarks import __main__ as table  # noqa: E402
 from benchmarks import records, runner  # noqa: E402
 from benchmarks.cases import ARITHMETIC, Case, cases  # noqa: E402
 from rnnkernels import _backend, ops, reference  # noqa: E402
-from rnnkernels.__main__ import LIMITS, arithmetic, errors, relative_error, rnn_arguments  # noqa: E402
+from rnnkernels.__main__ import LIMITS, arithmetic, errors, recurrent_arguments, relative_error  # noqa: E402
 
 PARTS = ("report", "tests", "kernels", "designs", "benchmarks")
 
@@ -220,7 +220,7 @@ def compare(case: dict, design, device: torch.device) -> dict:
     """The outcome of one comparison with ``rnnkernels.reference`` in float64."""
     torch.manual_seed(0)
     sequence_length, batch, dtype = case["sequence_length"], case["batch"], getattr(torch, case["dtype"])
-    arguments = rnn_arguments(sequence_length, batch, 11, case["hidden_size"])
+    arguments = recurrent_arguments(1, sequence_length, batch, 11, case["hidden_size"])
     options = {"nonlinearity": case["nonlinearity"], "reverse": case["reverse"]}
     if case["lengths"]:
         options["lengths"] = torch.randint(1, sequence_length + 1, (batch,))
@@ -244,7 +244,7 @@ def compare(case: dict, design, device: torch.device) -> dict:
 def compare_far_offsets(device: torch.device, sequence_length: int, batch: int, hidden_size: int) -> dict:
     """Whether the first and last rows are right in a batch of so many states that 32 bits can't count them."""
     torch.manual_seed(0)
-    arguments = rnn_arguments(sequence_length, batch, 2, hidden_size)
+    arguments = recurrent_arguments(1, sequence_length, batch, 2, hidden_size)
     arguments = {name: argument.bfloat16() for name, argument in arguments.items()}
     cotangent = torch.randn(sequence_length, batch, 1).bfloat16()
     rows = torch.tensor([0, 1, batch - 2, batch - 1])

@@ -4,6 +4,7 @@ With ``TRITON_INTERPRET=1`` in the environment, the self-check runs the Triton k
 interpreter. The exit code is 1 where something is wrong.
 """
 
+import functools
 import importlib.metadata
 import itertools
 import math
@@ -41,20 +42,22 @@ def arithmetic(dtype: torch.dtype, device: torch.device) -> str:
     return f"{name} as TF32" if tf32 else name
 
 
-def rnn_arguments(sequence_length: int, batch: int, input_size: int, hidden_size: int) -> dict[str, Tensor]:
-    """Random arguments for ``rnn`` in float64, at the scale of ``torch.nn.RNN``'s initialization."""
-    scale = hidden_size**-0.5
+def recurrent_arguments(
+    gates: int, sequence_length: int, batch: int, input_size: int, hidden_size: int
+) -> dict[str, Tensor]:
+    """Random arguments in float64, at the scale of ``torch.nn``'s initialization, for ``gates`` rows a hidden unit."""
+    scale, rows = hidden_size**-0.5, gates * hidden_size
     return {
         "input": torch.randn(sequence_length, batch, input_size, dtype=torch.float64),
         "h_0": torch.randn(batch, hidden_size, dtype=torch.float64),
-        "weight_ih": torch.empty(hidden_size, input_size, dtype=torch.float64).uniform_(-scale, scale),
-        "weight_hh": torch.empty(hidden_size, hidden_size, dtype=torch.float64).uniform_(-scale, scale),
-        "bias_ih": torch.empty(hidden_size, dtype=torch.float64).uniform_(-scale, scale),
-        "bias_hh": torch.empty(hidden_size, dtype=torch.float64).uniform_(-scale, scale),
+        "weight_ih": torch.empty(rows, input_size, dtype=torch.float64).uniform_(-scale, scale),
+        "weight_hh": torch.empty(rows, hidden_size, dtype=torch.float64).uniform_(-scale, scale),
+        "bias_ih": torch.empty(rows, dtype=torch.float64).uniform_(-scale, scale),
+        "bias_hh": torch.empty(rows, dtype=torch.float64).uniform_(-scale, scale),
     }
 
 
-OPERATORS = {"rnn": rnn_arguments}
+OPERATORS = {"rnn": functools.partial(recurrent_arguments, 1), "gru": functools.partial(recurrent_arguments, 3)}
 """Operators that are reported and checked, each with what makes its arguments."""
 
 

@@ -7,10 +7,15 @@ import rnnkernels as rk
 NAMES = ("input", "h_0", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-def arguments(sequence_length, batch, input_size, hidden_size, dtype, device="cpu", bias=True):
-    """Random tensors for the plain RNN, exact in ``dtype``, scaled so that the state neither dies nor explodes."""
-    shapes = ((sequence_length, batch, input_size), (batch, hidden_size), (hidden_size, input_size))
-    shapes += ((hidden_size, hidden_size), (hidden_size,), (hidden_size,))
+GATES = {"rnn": 1, "gru": 3}
+"""Operators, and how many rows of the weights a hidden unit has."""
+
+
+def arguments(sequence_length, batch, input_size, hidden_size, dtype, device="cpu", bias=True, operator="rnn"):
+    """Random tensors for an operator, exact in ``dtype``, scaled so that the state neither dies nor explodes."""
+    rows = GATES[operator] * hidden_size
+    shapes = ((sequence_length, batch, input_size), (batch, hidden_size), (rows, input_size))
+    shapes += ((rows, hidden_size), (rows,), (rows,))
     tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     tensors[2] /= input_size**0.5
     tensors[3] /= hidden_size**0.5
@@ -40,18 +45,19 @@ def relative_error(value, expected):
     return float((value.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
-def assert_parity(tensors, tolerance, **options):
-    """Hold ``rk.ops.rnn`` to the reference in float64.
+def assert_parity(tensors, tolerance, operator="rnn", **options):
+    """Hold an operator to the reference in float64.
 
     ``tolerance`` bounds the relative error of each result and gradient. Where sums cancel, the textbook loop itself
     errs in the tensors' type, and four times its error is allowed on top.
     """
+    reference = getattr(rk.reference, operator)
     dtype = tensors[0].dtype
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
-    cotangents = [torch.randn_like(result).to(dtype) for result in rk.reference.rnn(*exact, **options)]
-    expected = outcome(rk.reference.rnn, exact, [cotangent.double() for cotangent in cotangents], **options)
-    textbook = outcome(rk.reference.rnn, tensors, cotangents, **options)
-    actual = outcome(rk.ops.rnn, tensors, cotangents, **options)
+    cotangents = [torch.randn_like(result).to(dtype) for result in reference(*exact, **options)]
+    expected = outcome(reference, exact, [cotangent.double() for cotangent in cotangents], **options)
+    textbook = outcome(reference, tensors, cotangents, **options)
+    actual = outcome(getattr(rk.ops, operator), tensors, cotangents, **options)
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
         assert value.dtype == dtype

@@ -19,26 +19,54 @@ pytestmark = [pytest.mark.offline, pytest.mark.slow]
 CAPABILITIES = (80, 90)
 MAX_SPILLED_BYTES = 32
 TYPES = {"bfloat16": "highest", "float16": "highest", "float32 ieee": "highest", "float32 tf32": "high"}
-LARGEST_RESIDENT = {"bfloat16": 256, "float16": 256, "float32 ieee": 64, "float32 tf32": 128}
-OPTIONS = list(itertools.product(("tanh", "sigmoid", "relu", "identity"), (False, True), (False, True)))
-HEAVIEST = ("tanh", True, True)
+LARGEST_RESIDENT = {
+    "rnn": {"bfloat16": 256, "float16": 256, "float32 ieee": 64, "float32 tf32": 128},
+    "gru": {"bfloat16": 128, "float16": 128, "float32 ieee": 64, "float32 tf32": 64},
+}
+OPTIONS = {
+    "rnn": list(itertools.product(("tanh", "sigmoid", "relu", "identity"), (False, True), (False, True))),
+    "gru": list(itertools.product(("bias", "no bias"), (False, True), (False, True))),
+}
+HEAVIEST = {"rnn": ("tanh", True, True), "gru": ("bias", True, True)}
 
 
 def cases():
-    """(capability, type, hidden_size, batch, (nonlinearity, reverse, has lengths)) of every launch to compile."""
+    """(cell, capability, type, hidden_size, batch, (variant, reverse, has lengths)) of every launch to compile."""
     everything = os.environ.get("RNNKERNELS_COMPILE_ALL") == "1"
-    for capability, kind in itertools.product(CAPABILITIES, TYPES):
-        largest = LARGEST_RESIDENT[kind]
+    for cell, capability, kind in itertools.product(LARGEST_RESIDENT, CAPABILITIES, TYPES):
+        largest = LARGEST_RESIDENT[cell][kind]
         resident = [1, 16] + [size for size in (31, 32, 63, 64, 127, 128, 255, 256) if size <= largest]
         step = [largest + 1, 1024]
         for hidden_size, batch in [(h, 3) for h in resident] + list(itertools.product(step, (3, 65))):
             of_note = (hidden_size, batch) in ((largest, 3), (largest + 1, 65))
             if kind == "float16" and not (everything or of_note):
                 continue  # the same tiles and instructions as bfloat16
-            for options in OPTIONS if everything or of_note else [HEAVIEST]:
+            for options in OPTIONS[cell] if everything or of_note else [HEAVIEST[cell]]:
                 # The direction of time changes no tile: one of the two will do, but for the heaviest.
-                if everything or options == HEAVIEST or not options[1]:
-                    yield capability, kind, hidden_size, batch, options
+                if everything or options == HEAVIEST[cell] or not options[1]:
+                    yield cell, capability, kind, hidden_size, batch, options
+
+
+def launch(cell, hidden_size, batch, dtype, variant="tanh", reverse=False, has_lengths=False, sequence_length=2):
+    """Call the host functions of a forward and a backward pass. Runs in the worker."""
+    import importlib
+
+    import torch
+
+    module = importlib.import_module(f"rnnkernels.kernels.triton.{cell}")
+    sequence = torch.zeros(sequence_length, batch, hidden_size, dtype=dtype)
+    state = sequence[0]
+    lengths = torch.ones(batch, dtype=torch.int64) if has_lengths else None
+    if cell == "rnn":
+        weight = torch.zeros(hidden_size, hidden_size, dtype=dtype)
+        module.forward(sequence, state, weight, lengths, variant, reverse)
+        module.backward(sequence, state, sequence, weight, lengths, variant, reverse)
+    else:
+        weight = torch.zeros(3 * hidden_size, hidden_size, dtype=dtype)
+        gates = torch.zeros(sequence_length, batch, 4 * hidden_size, dtype=dtype)
+        bias = None if variant == "no bias" else weight[:, 0]
+        module.forward(gates, state, weight, bias, lengths, reverse)
+        module.backward(sequence, state, sequence, gates, state, weight, lengths, reverse)
 
 
 def compile_case(case):
@@ -46,18 +74,10 @@ def compile_case(case):
     import offline
     import torch
 
-    from rnnkernels.kernels.triton import rnn
-
-    capability, kind, hidden_size, batch, (nonlinearity, reverse, has_lengths) = case
+    cell, capability, kind, hidden_size, batch, options = case
     torch.set_float32_matmul_precision(TYPES[kind])
-    dtype = getattr(torch, kind.split()[0])
-    sequence = torch.zeros(2, batch, hidden_size, dtype=dtype)
-    state, weight = sequence[0], torch.zeros(hidden_size, hidden_size, dtype=dtype)
-    lengths = torch.ones(batch, dtype=torch.int64) if has_lengths else None
-    options = (lengths, nonlinearity, reverse)
     with offline.absent_gpu(capability) as launches:
-        rnn.forward(sequence, state, weight, *options)
-        rnn.backward(sequence, state, sequence, weight, *options)
+        launch(cell, hidden_size, batch, getattr(torch, kind.split()[0]), *options)
     found = {}
     for kernel, compiled in launches:
         if kernel.__name__ not in found:
@@ -66,25 +86,20 @@ def compile_case(case):
                 block = max(16, 1 << (hidden_size - 1).bit_length())
                 staged = offline.staged_in_loop(compiled.asm["ttgir"], f"{block}x{block}")
                 # The 16 rows of the state are staged each step; at 16 units they look like the weights.
-                found[kernel.__name__]["weights staged in loop"] = staged - (block == 16)
+                found[kernel.__name__]["weights staged in loop"] = 0 if block == 16 else staged
     return found
 
 
-def kernels_compiled_for_new_lengths_and_batches():
+def kernels_compiled_for_new_lengths_and_batches(cell):
     """How many kernels a GPU would compile for many lengths and batches of one size. Runs in the worker."""
     import offline
     import torch
 
-    from rnnkernels.kernels.triton import rnn
-
     counts = {}
     for hidden_size in (32, 512):
-        weight = torch.zeros(hidden_size, hidden_size, dtype=torch.bfloat16)
         with offline.absent_gpu(90) as launches:
             for sequence_length, batch in ((1, 1), (2, 16), (17, 3), (16, 64), (33, 1)):
-                sequence = torch.zeros(sequence_length, batch, hidden_size, dtype=torch.bfloat16)
-                rnn.forward(sequence, sequence[0], weight, None, "tanh", False)
-                rnn.backward(sequence, sequence[0], sequence, weight, None, "tanh", False)
+                launch(cell, hidden_size, batch, torch.bfloat16, sequence_length=sequence_length)
         for kernel, compiled in launches:
             counts.setdefault(kernel.__name__, set()).add(compiled.hash)
     return {name: len(hashes) for name, hashes in counts.items()}
@@ -111,9 +126,9 @@ def test_it_compiles_and_fits(compiled, case):
 
     from rnnkernels.kernels.triton import dispatch
 
-    capability, kind, hidden_size, *_ = case
+    cell, capability, kind, hidden_size, *_ = case
     found = compiled[case].result(timeout=600)
-    resident = hidden_size <= LARGEST_RESIDENT[kind]
+    resident = hidden_size <= LARGEST_RESIDENT[cell][kind]
     design = "resident" if resident else "step"
     assert sorted(found) == [f"backward_{design}", f"forward_{design}"]
     for name, needs in found.items():
@@ -123,12 +138,13 @@ def test_it_compiles_and_fits(compiled, case):
     if resident:
         multiplication = "16-bit" if "16" in kind else kind.split()[1]
         block = max(16, 1 << (hidden_size - 1).bit_length())
-        _, promised = dispatch.RESIDENT["rnn", multiplication][block]
+        _, promised = dispatch.RESIDENT[cell, multiplication][block]
         assert max(needs["shared_memory"] for needs in found.values()) <= promised
     else:
         assert max(needs["shared_memory"] for needs in found.values()) <= offline.SHARED_MEMORY[86]
 
 
-def test_a_new_length_or_batch_compiles_nothing(workers):
-    counts = workers.submit(kernels_compiled_for_new_lengths_and_batches).result(timeout=600)
+@pytest.mark.parametrize("cell", list(LARGEST_RESIDENT))
+def test_a_new_length_or_batch_compiles_nothing(workers, cell):
+    counts = workers.submit(kernels_compiled_for_new_lengths_and_batches, cell).result(timeout=600)
     assert counts == dict.fromkeys(("forward_resident", "backward_resident", "forward_step", "backward_step"), 1)

@@ -1,6 +1,6 @@
 """Modules with parameters."""
 
 from rnnkernels.nn.outputs import ConditionedOutput, ContextOutput, SkipOutput
-from rnnkernels.nn.rnn import RNN, RNNCell
+from rnnkernels.nn.rnn import GRU, RNN, GRUCell, RNNCell
 
-__all__ = ["RNN", "ConditionedOutput", "ContextOutput", "RNNCell", "SkipOutput"]
+__all__ = ["GRU", "RNN", "ConditionedOutput", "ContextOutput", "GRUCell", "RNNCell", "SkipOutput"]

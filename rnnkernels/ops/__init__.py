@@ -1,5 +1,6 @@
 """Operators over whole sequences: each a pair of ``torch.library`` custom ops, forward and backward."""
 
+from rnnkernels.ops.gru import gru
 from rnnkernels.ops.rnn import NONLINEARITIES, rnn
 
-__all__ = ["NONLINEARITIES", "rnn"]
+__all__ = ["NONLINEARITIES", "gru", "rnn"]

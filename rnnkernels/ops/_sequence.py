@@ -1,6 +1,7 @@
 """What every recurrent operator does around its recurrence, for all steps at once."""
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -50,3 +51,12 @@ def recurrent_weight_gradient(
         first = grad_projected[-1 if reverse else 0]
     later, earlier = later.flatten(0, 1), earlier.flatten(0, 1)
     return torch.addmm(first.t() @ h_0, later.t(), earlier)
+
+
+def differentiable_gradients(
+    results: Sequence[Tensor], tensors: Sequence[Tensor | None], needs: Sequence[bool], cotangents: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The gradients of ``tensors`` through ``results``, as a graph that can be differentiated again."""
+    wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
+    gradients = iter(torch.autograd.grad(results, wanted, cotangents, create_graph=True))
+    return [next(gradients) if need else None for need in needs]

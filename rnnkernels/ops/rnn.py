@@ -4,9 +4,14 @@ import torch
 from torch import Tensor
 
 from rnnkernels import reference
-from rnnkernels._backend import autocast_dtype, resolve
-from rnnkernels.ops._checks import check_choice, check_lengths, check_tensor
-from rnnkernels.ops._sequence import kernels, project, projection_gradients, recurrent_weight_gradient
+from rnnkernels.ops._checks import check_choice, check_recurrent
+from rnnkernels.ops._sequence import (
+    differentiable_gradients,
+    kernels,
+    project,
+    projection_gradients,
+    recurrent_weight_gradient,
+)
 
 NONLINEARITIES = tuple(reference.ACTIVATIONS)
 
@@ -83,29 +88,10 @@ def rnn(
     >>> weight_hh.grad.shape
     torch.Size([5, 5])
     """
-    check_tensor("input", input, ("sequence_length", "batch", "input_size"))
-    sequence_length, batch, input_size = input.shape
-    if sequence_length == 0:
-        raise ValueError("input: expected at least 1 step, got an empty sequence")
     check_choice("nonlinearity", nonlinearity, NONLINEARITIES)
-
-    tensors = {"h_0": h_0, "weight_ih": weight_ih, "weight_hh": weight_hh, "bias_ih": bias_ih, "bias_hh": bias_hh}
-    dtype = autocast_dtype(input.device)
-    if dtype is not None:
-        input = input.to(dtype)
-        tensors = {name: t.to(dtype) if isinstance(t, Tensor) else t for name, t in tensors.items()}
-    check_tensor("h_0", tensors["h_0"], (batch, "hidden_size"), like=input)
-    hidden_size = tensors["h_0"].shape[1]
-    check_tensor("weight_ih", tensors["weight_ih"], (hidden_size, input_size), like=input)
-    check_tensor("weight_hh", tensors["weight_hh"], (hidden_size, hidden_size), like=input)
-    for name in ("bias_ih", "bias_hh"):
-        if tensors[name] is not None:
-            check_tensor(name, tensors[name], (hidden_size,), like=input)
-    if lengths is not None:
-        lengths = check_lengths(lengths, sequence_length, batch, input.device)
-    backend = resolve(input.device, input.dtype)
+    arguments = check_recurrent(input, {"h_0": h_0}, 1, weight_ih, weight_hh, bias_ih, bias_hh, lengths=lengths)
     return torch.ops.rnnkernels.rnn(
-        input, *tensors.values(), lengths, nonlinearity=nonlinearity, reverse=reverse, backend=backend
+        *arguments.tensors, arguments.lengths, nonlinearity=nonlinearity, reverse=reverse, backend=arguments.backend
     )
 
 
@@ -183,10 +169,14 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_output, grad_h_n):
-    input, h_0, weight_ih, weight_hh, _, _, lengths, output = ctx.saved_tensors
+    *tensors, lengths, output = ctx.saved_tensors
+    input, h_0, weight_ih, weight_hh, _, _ = tensors
     needs = list(ctx.needs_input_grad[:6])
     if torch.is_grad_enabled():
-        return *_differentiable_backward(ctx, needs, grad_output, grad_h_n), None, None, None, None
+        options = {name: ctx.options[name] for name in ("nonlinearity", "reverse")}
+        results = reference.rnn(*tensors, lengths=lengths, **options)
+        gradients = differentiable_gradients(results, tensors, needs, (grad_output, grad_h_n))
+        return *gradients, None, None, None, None
     grad_input, grad_h_0, grad_weight_ih, grad_weight_hh, grad_bias = torch.ops.rnnkernels.rnn_backward(
         grad_output,
         grad_h_n,
@@ -203,17 +193,6 @@ def _backward(ctx, grad_output, grad_h_n):
     if needs[4] and needs[5]:
         gradients[5] = grad_bias.clone()  # two parameters must not share the memory of their gradients
     return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None, None
-
-
-def _differentiable_backward(ctx, needs, grad_output, grad_h_n):
-    """The gradients as a graph that can be differentiated again: those of the reference."""
-    *tensors, lengths, _ = ctx.saved_tensors
-    results = reference.rnn(
-        *tensors, nonlinearity=ctx.options["nonlinearity"], reverse=ctx.options["reverse"], lengths=lengths
-    )
-    wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
-    gradients = iter(torch.autograd.grad(results, wanted, (grad_output, grad_h_n), create_graph=True))
-    return [next(gradients) if need else None for need in needs]
 
 
 _rnn.register_autograd(_backward, setup_context=_setup_context)

@@ -7,6 +7,8 @@ at every shape of the benchmark, so it serves inference too. ``benchmarks/`` rep
 import torch
 from torch import Tensor
 
+from rnnkernels.kernels.eager.variable_length import descending, padding, running
+
 _ACTIVATE_ = {
     "tanh": Tensor.tanh_,
     "relu": Tensor.relu_,
@@ -26,24 +28,6 @@ def _derivative(nonlinearity: str, output: Tensor) -> Tensor:
     return torch.ones_like(output)
 
 
-def _running(lengths: Tensor, sequence_length: int) -> list[int]:
-    """How many sequences are still running at each step."""
-    steps = torch.arange(sequence_length, device=lengths.device).unsqueeze(1)
-    return (lengths > steps).sum(1).tolist()
-
-
-def _padding(lengths: Tensor, sequence_length: int) -> Tensor:
-    steps = torch.arange(sequence_length, device=lengths.device).unsqueeze(1)
-    return (lengths <= steps).unsqueeze(-1)
-
-
-def _descending(lengths: Tensor) -> Tensor | None:
-    """The order that sorts the batch by length, longest first; None where it is sorted already."""
-    if bool((lengths[:-1] >= lengths[1:]).all()):
-        return None
-    return torch.argsort(lengths, descending=True, stable=True)
-
-
 def forward(
     output: Tensor,
     h_0: Tensor,
@@ -55,7 +39,7 @@ def forward(
     """Turn the projected input that ``output`` holds into the states, in place, and return the final state."""
     if lengths is None:
         return _forward_full(output, h_0, weight_hh, nonlinearity, reverse)
-    order = _descending(lengths)
+    order = descending(lengths)
     if order is None:
         return _forward_sorted(output, h_0, weight_hh, lengths, nonlinearity, reverse)
     ordered = output.index_select(1, order)
@@ -82,7 +66,7 @@ def _forward_sorted(
     activate_ = _ACTIVATE_[nonlinearity]
     weight_hh_t = weight_hh.t()
     sequence_length, batch = output.shape[:2]
-    running = _running(lengths, sequence_length)
+    counts = running(lengths, sequence_length)
     rows = torch.arange(batch, device=output.device)
     if reverse:
         # A row that joins late finds its initial state where its predecessor would stand: in the padding.
@@ -92,10 +76,10 @@ def _forward_sorted(
     steps = output.unbind(0)
     for t in reversed(range(sequence_length)) if reverse else range(sequence_length):
         step = steps[t]
-        activate_(step[: running[t]].addmm_(hidden[: running[t]], weight_hh_t))
+        activate_(step[: counts[t]].addmm_(hidden[: counts[t]], weight_hh_t))
         hidden = step
     h_n = output[0].clone() if reverse else output[lengths - 1, rows]
-    output.masked_fill_(_padding(lengths, sequence_length), 0)
+    output.masked_fill_(padding(lengths, sequence_length), 0)
     return h_n
 
 
@@ -111,7 +95,7 @@ def backward(
     """Gradients of the projected input and of the initial state."""
     if lengths is None:
         return _backward_full(grad_output, grad_h_n, output, weight_hh, nonlinearity, reverse)
-    order = _descending(lengths)
+    order = descending(lengths)
     if order is None:
         return _backward_sorted(grad_output, grad_h_n, output, weight_hh, lengths, nonlinearity, reverse)
     grad_projected, grad_h_0 = _backward_sorted(
@@ -154,20 +138,18 @@ def _backward_sorted(
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     sequence_length, batch = output.shape[:2]
-    running = _running(lengths, sequence_length)
+    counts = running(lengths, sequence_length)
     rows = torch.arange(batch, device=output.device)
-    padding = _padding(lengths, sequence_length)
-    grad_projected = _derivative(nonlinearity, output).masked_fill_(padding, 0)
+    grad_projected = _derivative(nonlinearity, output).masked_fill_(padding(lengths, sequence_length), 0)
     grad_output = grad_output.clone()
     last, first = (torch.zeros_like(lengths), lengths - 1) if reverse else (lengths - 1, torch.zeros_like(lengths))
     grad_output[last, rows] += grad_h_n
     outer, inner = grad_output.unbind(0), grad_projected.unbind(0)
     previous, carrying = None, 0
     for t in range(sequence_length) if reverse else reversed(range(sequence_length)):
-        carrying = min(carrying, running[t])
-        carried = outer[t]
+        carrying = min(carrying, counts[t])
         if carrying:
-            carried[:carrying].addmm_(previous[:carrying], weight_hh)
-        inner[t].mul_(carried)
-        previous, carrying = inner[t], running[t]
+            outer[t][:carrying].addmm_(previous[:carrying], weight_hh)
+        inner[t][: counts[t]].mul_(outer[t][: counts[t]])
+        previous, carrying = inner[t], counts[t]
     return grad_projected, grad_projected[first, rows] @ weight_hh

@@ -82,15 +82,23 @@ RESIDENT = {
     ("rnn", "16-bit"): {16: (4, 2048), 32: (4, 5120), 64: (4, 12288), 128: (8, 40960), 256: (8, 147456)},
     ("rnn", "tf32"): {16: (4, 4096), 32: (4, 8192), 64: (4, 24576), 128: (8, 81920)},
     ("rnn", "ieee"): {16: (4, 4096), 32: (4, 8192), 64: (8, 24576)},
+    ("gru", "16-bit"): {16: (4, 8192), 32: (4, 22528), 64: (8, 57344), 128: (8, 163840)},
+    ("gru", "tf32"): {16: (4, 16384), 32: (4, 45056), 64: (8, 114688)},
+    ("gru", "ieee"): {16: (4, 19456), 32: (8, 45056), 64: (8, 114688)},
 }
 
 STEP = {
-    # (batch is above 64, hidden_size is a multiple of 16): tile. Every one fits the 99 KiB of the smallest GPU.
-    (False, True): Step(block_batch=16, block_hidden=32, block_inner=64, num_warps=4, num_stages=3),
-    (False, False): Step(block_batch=16, block_hidden=32, block_inner=64, num_warps=4, num_stages=3),
-    (True, True): Step(block_batch=64, block_hidden=64, block_inner=32, num_warps=4, num_stages=3),
-    # States whose rows start off a 16-byte bound load element by element: a larger tile runs out of registers.
-    (True, False): Step(block_batch=32, block_hidden=32, block_inner=32, num_warps=4, num_stages=3),
+    # (cell, batch is above 64, hidden_size is a multiple of 16): tile. Every one fits the 99 KiB of the smallest GPU.
+    ("rnn", False, True): Step(block_batch=16, block_hidden=32, block_inner=64, num_warps=4, num_stages=3),
+    ("rnn", False, False): Step(block_batch=16, block_hidden=32, block_inner=64, num_warps=4, num_stages=3),
+    ("rnn", True, True): Step(block_batch=64, block_hidden=64, block_inner=32, num_warps=4, num_stages=3),
+    # States whose rows start off a 16-byte bound load element by element: a larger tile runs out of registers, and the
+    # GRU with IEEE products spills thousands of bytes where its loads are pipelined.
+    ("rnn", True, False): Step(block_batch=32, block_hidden=32, block_inner=32, num_warps=4, num_stages=3),
+    ("gru", False, True): Step(block_batch=16, block_hidden=32, block_inner=32, num_warps=4, num_stages=3),
+    ("gru", True, True): Step(block_batch=32, block_hidden=32, block_inner=32, num_warps=4, num_stages=3),
+    ("gru", False, False): Step(block_batch=16, block_hidden=32, block_inner=32, num_warps=4, num_stages=1),
+    ("gru", True, False): Step(block_batch=16, block_hidden=32, block_inner=32, num_warps=4, num_stages=1),
 }
 
 
@@ -108,4 +116,4 @@ def choose(cell: str, hidden_size: int, batch: int, dtype: torch.dtype, device: 
     num_warps, needed = RESIDENT[cell, multiplication(dtype)].get(block_hidden, (0, None))
     if needed is not None and needed <= shared_memory(device):
         return Resident(block_batch=16, block_hidden=block_hidden, num_warps=num_warps)
-    return STEP[batch > 64, hidden_size % 16 == 0]
+    return STEP[cell, batch > 64, hidden_size % 16 == 0]

@@ -1,0 +1,23 @@
+"""What the recurrences share where the sequences of a batch differ in length."""
+
+import torch
+from torch import Tensor
+
+
+def running(lengths: Tensor, sequence_length: int) -> list[int]:
+    """How many sequences are still running at each step."""
+    steps = torch.arange(sequence_length, device=lengths.device).unsqueeze(1)
+    return (lengths > steps).sum(1).tolist()
+
+
+def padding(lengths: Tensor, sequence_length: int) -> Tensor:
+    """True at the steps after the end of each sequence, of shape (sequence_length, batch, 1)."""
+    steps = torch.arange(sequence_length, device=lengths.device).unsqueeze(1)
+    return (lengths <= steps).unsqueeze(-1)
+
+
+def descending(lengths: Tensor) -> Tensor | None:
+    """The order that sorts the batch by length, longest first; None where it is sorted already."""
+    if bool((lengths[:-1] >= lengths[1:]).all()):
+        return None
+    return torch.argsort(lengths, descending=True, stable=True)

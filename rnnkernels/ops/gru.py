@@ -1,0 +1,207 @@
+"""The gated recurrent unit over a whole sequence."""
+
+import torch
+from torch import Tensor
+
+from rnnkernels import reference
+from rnnkernels.ops._checks import check_recurrent
+from rnnkernels.ops._sequence import differentiable_gradients, kernels, recurrent_weight_gradient
+
+
+def gru(
+    input: Tensor,
+    h_0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""The gated recurrent unit over a whole sequence: one layer, one direction.
+
+    .. math::
+        r_t &= \sigma(W_{ir} x_t + b_{ir} + W_{hr} h_{t-1} + b_{hr}) \\
+        z_t &= \sigma(W_{iz} x_t + b_{iz} + W_{hz} h_{t-1} + b_{hz}) \\
+        n_t &= \tanh(W_{in} x_t + b_{in} + r_t \odot (W_{hn} h_{t-1} + b_{hn})) \\
+        h_t &= (1 - z_t) \odot n_t + z_t \odot h_{t-1}
+
+    Differentiable in every tensor, from the gradients of both results; twice where ``create_graph=True``.
+
+    Parameters
+    ----------
+    input, h_0, reverse, lengths
+        As in :func:`rnnkernels.ops.rnn`.
+    weight_ih : Tensor, shape (3 * hidden_size, input_size)
+        $W_{ir}$, $W_{iz}$ and $W_{in}$, one below the other.
+    weight_hh : Tensor, shape (3 * hidden_size, hidden_size)
+        $W_{hr}$, $W_{hz}$ and $W_{hn}$.
+    bias_ih, bias_hh : Tensor, shape (3 * hidden_size,), optional
+        Left out where None.
+
+    Returns
+    -------
+    output : Tensor, shape (sequence_length, batch, hidden_size)
+        $h_t$ for every step.
+    h_n : Tensor, shape (batch, hidden_size)
+        The state after the last step taken.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As :func:`rnnkernels.ops.rnn`.
+
+    References
+    ----------
+    Cho et al., "Learning phrase representations using RNN encoder-decoder for statistical machine translation", EMNLP
+    2014, section 2.3; with the reset gate after the product, as in ``torch.nn.GRU``.
+
+    Examples
+    --------
+    >>> output, h_n = gru(torch.randn(7, 2, 3), torch.zeros(2, 5), torch.randn(15, 3), torch.randn(15, 5))
+    >>> output.shape, h_n.shape
+    (torch.Size([7, 2, 5]), torch.Size([2, 5]))
+    """
+    arguments = check_recurrent(input, {"h_0": h_0}, 3, weight_ih, weight_hh, bias_ih, bias_hh, lengths=lengths)
+    if arguments.backend == "eager" and lengths is None and not arguments.differentiable:
+        return _native_forward(*arguments.tensors, reverse=reverse)
+    output, h_n, _ = torch.ops.rnnkernels.gru(*arguments.tensors, arguments.lengths, reverse, arguments.backend)
+    return output, h_n
+
+
+def _native_forward(
+    input: Tensor,
+    h_0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    *,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's own forward pass, the faster one where no gradient is wanted and nothing has to be kept."""
+    if (bias_ih is None) != (bias_hh is None):
+        absent = weight_ih.new_zeros(weight_ih.shape[0])
+        bias_ih, bias_hh = (absent if bias is None else bias for bias in (bias_ih, bias_hh))
+    weights = [weight_ih, weight_hh] if bias_ih is None else [weight_ih, weight_hh, bias_ih, bias_hh]
+    input = input.flip(0) if reverse else input
+    output, h_n = torch.gru(input, h_0.unsqueeze(0), weights, bias_ih is not None, 1, 0.0, False, False, False)
+    return output.flip(0) if reverse else output, h_n.squeeze(0)
+
+
+@torch.library.custom_op("rnnkernels::gru", mutates_args=())
+def _gru(
+    input: Tensor,
+    h_0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    lengths: Tensor | None,
+    reverse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """States, final state, and the buffer of activated gates that the kernels' module describes."""
+    steps, batch, _ = input.shape
+    hidden_size = weight_hh.shape[1]
+    gates = input.new_empty(steps, batch, 4 * hidden_size)
+    projected = gates.flatten(0, 1)[:, hidden_size:]
+    flat, weight_t = input.flatten(0, 1), weight_ih.t()
+    if bias_hh is None:
+        bias = bias_ih
+    else:
+        # That of the candidate's product with the state belongs inside the reset gate; the others can join the input's.
+        bias = torch.cat([bias_hh[: 2 * hidden_size], bias_hh.new_zeros(hidden_size)])
+        bias = bias if bias_ih is None else bias + bias_ih
+    if bias is None:
+        torch.mm(flat, weight_t, out=projected)
+    else:
+        torch.addmm(bias, flat, weight_t, out=projected)
+    with torch.cuda.device_of(input):
+        output, h_n = kernels(backend, "gru").forward(gates, h_0, weight_hh, bias_hh, lengths, reverse)
+    return output, h_n, gates
+
+
+@_gru.register_fake
+def _(input, h_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse, backend):
+    steps, batch, _ = input.shape
+    hidden_size = weight_hh.shape[1]
+    return (
+        input.new_empty(steps, batch, hidden_size),
+        input.new_empty(batch, hidden_size),
+        input.new_empty(steps, batch, 4 * hidden_size),
+    )
+
+
+@torch.library.custom_op("rnnkernels::gru_backward", mutates_args=())
+def _gru_backward(
+    grad_output: Tensor,
+    grad_h_n: Tensor,
+    output: Tensor,
+    gates: Tensor,
+    input: Tensor,
+    h_0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    lengths: Tensor | None,
+    reverse: bool,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of input, h_0, both weights and both biases; empty where ``needs`` says that nobody asks."""
+    hidden_size = output.shape[-1]
+    with torch.cuda.device_of(input):
+        grad_gates, grad_h_0 = kernels(backend, "gru").backward(
+            grad_output, grad_h_n, output, gates, h_0, weight_hh, lengths, reverse
+        )
+    flat = grad_gates.flatten(0, 1)
+    from_input, from_state = flat[:, hidden_size:], grad_gates[..., : 3 * hidden_size]
+    needs_input, _, needs_weight_ih, needs_weight_hh, needs_bias_ih, needs_bias_hh = needs
+    nothing = input.new_empty(0)
+    return (
+        (from_input @ weight_ih).view(input.shape) if needs_input else nothing,
+        grad_h_0,
+        from_input.t() @ input.flatten(0, 1) if needs_weight_ih else nothing.clone(),
+        # The parts of the buffer stand in the order (n, r, z), the rows of the weights in (r, z, n).
+        recurrent_weight_gradient(from_state, output, h_0, lengths, reverse).roll(-hidden_size, 0)
+        if needs_weight_hh
+        else nothing.clone(),
+        from_input.sum(0) if needs_bias_ih else nothing.clone(),
+        from_state.sum((0, 1)).roll(-hidden_size, 0) if needs_bias_hh else nothing.clone(),
+    )
+
+
+@_gru_backward.register_fake
+def _(grad_output, grad_h_n, output, gates, input, h_0, weight_ih, weight_hh, lengths, reverse, backend, needs):
+    bias = weight_hh.shape[:1]
+    shapes = (input.shape, h_0.shape, weight_ih.shape, weight_hh.shape, bias, bias)
+    kept = (False, True, False, False, False, False)
+    return tuple(
+        input.new_empty(shape if need or keep else 0) for shape, need, keep in zip(shapes, needs, kept, strict=True)
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, reverse, backend = inputs
+    states, _, gates = output
+    ctx.mark_non_differentiable(gates)
+    ctx.save_for_backward(*tensors, states, gates)
+    ctx.options = {"reverse": reverse, "backend": backend}
+
+
+def _backward(ctx, grad_output, grad_h_n, _):
+    input, h_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, output, gates = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:6])
+    if torch.is_grad_enabled():
+        tensors = (input, h_0, weight_ih, weight_hh, bias_ih, bias_hh)
+        results = reference.gru(*tensors, reverse=ctx.options["reverse"], lengths=lengths)
+        gradients = differentiable_gradients(results, tensors, needs, (grad_output, grad_h_n))
+    else:
+        gradients = torch.ops.rnnkernels.gru_backward(
+            grad_output, grad_h_n, output, gates, input, h_0, weight_ih, weight_hh, lengths, needs=needs, **ctx.options
+        )
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None
+
+
+_gru.register_autograd(_backward, setup_context=_setup_context)
