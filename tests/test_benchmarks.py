@@ -26,7 +26,7 @@ from benchmarks.cases import MODES, SHAPES, Case, cases  # noqa: E402
 
 CPU = torch.device("cpu")
 MOMENT = {"seconds": 0.0, "rounds": (2, 2)}
-TRAINING, INFERENCE = Case(5, 3, 4, 6), Case(5, 3, 4, 6, mode="forward")
+TRAINING, INFERENCE = Case(40, 3, 4, 6), Case(40, 3, 4, 6, mode="forward")
 
 
 @pytest.fixture(scope="module")
@@ -420,7 +420,9 @@ def test_a_design_is_forced(visit, kernel_device, monkeypatch):
 
 
 def test_a_command_that_outlasts_its_time_is_ended(visit, tmp_path, capsys):
-    command = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(600)"]
-    code, lines = visit.stream(command, tmp_path / "log", seconds=3)
+    late = tmp_path / "late"
+    program = f"import pathlib, time; print('begun', flush=True); time.sleep(30); pathlib.Path({str(late)!r}).touch()"
+    code, lines = visit.stream([sys.executable, "-c", program], tmp_path / "log", seconds=3)
     assert code is None
     assert lines in (["begun"], [])
+    assert not late.exists()
