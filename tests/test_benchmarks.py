@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import importlib
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as table  # noqa: E402
 from benchmarks import records, runner  # noqa: E402
-from benchmarks.cases import MODES, SHAPES, Case, cases  # noqa: E402
+from benchmarks.cases import MODES, MODULES, SHAPES, Case, cases  # noqa: E402
 
 CPU = torch.device("cpu")
 MOMENT = {"seconds": 0.0, "rounds": (2, 2)}
@@ -62,8 +63,8 @@ def test_declared_cases(device_type):
     declared = cases(device_type)
     assert len({case.name for case in declared}) == len(declared)
     plain = [case for case in declared if case.plain]
-    assert [(c.sequence_length, c.batch, c.input_size, c.hidden_size, c.mode) for c in plain] == [
-        (*shape, mode) for mode in MODES for shape in SHAPES
+    assert [(c.module, c.sequence_length, c.batch, c.input_size, c.hidden_size, c.mode) for c in plain] == [
+        (module, *shape, mode) for module in MODULES for mode in MODES for shape in SHAPES
     ]
     assert all(case.dtype == "float32" and case.precision == "highest" for case in plain)
     kinds = {(case.dtype, case.precision) for case in declared}
@@ -78,8 +79,9 @@ def test_declared_cases(device_type):
     [{}, {"bidirectional": True}, {"num_layers": 2}, {"packed": True}, {"packed": True, "bidirectional": True}],
 )
 @pytest.mark.parametrize("case", [TRAINING, INFERENCE], ids=lambda case: case.mode)
-def test_a_case_is_compared_and_measured(conform, case, options):
-    case = dataclasses.replace(case, **options)
+@pytest.mark.parametrize("module", MODULES)
+def test_a_case_is_compared_and_measured(conform, module, case, options):
+    case = dataclasses.replace(case, module=module, **options)
     result = runner.run_case(case, CPU, **MOMENT)
     assert result["status"] == "measured", result["reason"]
     assert all(0 < result["relative_error"][side] < 1e-6 for side in runner.SIDES)
@@ -220,7 +222,7 @@ def test_exit_code(statuses, met, check, code):
 
 def test_the_command_prints_a_table_and_writes_a_file(tmp_path, conform):
     path = tmp_path / "folder" / "results.json"
-    pattern = "T=512 .*forward float32$"
+    pattern = "RNN T=512 .*forward float32$"
     finished = run_script("-m", "benchmarks", "--device=cpu", "--quick", "--filter", pattern, "--json", str(path))
     assert finished.returncode == 0, finished.stdout + finished.stderr
     result = json.loads(path.read_text())
@@ -344,7 +346,7 @@ def test_reading_what_pytest_prints(visit):
 
 
 def test_the_tests_that_have_to_do_with_a_gpu_are_found(visit):
-    assert "tests/test_kernels_rnn.py" in visit.tests_of_gpus()
+    assert "tests/test_kernels.py" in visit.tests_of_gpus()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -370,8 +372,9 @@ def test_a_rehearsal_goes_through_every_part(tmp_path, conform):
         conform(content)
         assert content["machine"]["device"] == "cpu"
     assert found["-tests.json"]["cases"] == [{"name": "tests/test_main.py::test_relative_error", "status": "passed"}]
-    designs = {case.get("design", "").partition("(")[0] for case in found["-kernels.json"]["cases"]}
-    assert designs >= {"Resident", "Step"}
+    for ending in ("-kernels.json", "-designs.json"):
+        designs = {(case["operator"], case.get("design", "").partition("(")[0]) for case in found[ending]["cases"]}
+        assert designs >= set(itertools.product(("rnn", "gru"), ("Resident", "Step")))
     assert {case["status"] for case in found["-kernels.json"]["cases"]} == {"agrees"}
     assert {case["status"] for case in found["-designs.json"]["cases"]} == {"measured"}
     assert {case["status"] for case in found[".json"]["cases"]} == {"measured"}
@@ -391,32 +394,52 @@ def test_a_visit_without_time_lists_what_it_left_out(tmp_path, conform):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
-def test_a_wrong_kernel_is_seen(monkeypatch, visit, nonlinearity, kernel_device):
-    from rnnkernels.kernels.triton import rnn
-
-    case = {"sequence_length": 5, "batch": 4, "hidden_size": 6, "nonlinearity": nonlinearity, "reverse": False}
-    case |= {"lengths": True, "dtype": "float32"}
-    (resident, step) = visit.designs_for(6, 4, torch.float32, kernel_device)
-    backward = rnn.backward
-    for design in (resident, step):
-        monkeypatch.setattr(rnn, "backward", backward)
+@pytest.mark.parametrize(("operator", "nonlinearity"), [("rnn", "tanh"), ("rnn", "relu"), ("gru", None)])
+def test_a_wrong_kernel_is_seen(monkeypatch, visit, operator, nonlinearity, kernel_device):
+    kernels = visit.triton_kernels(operator)
+    case = {"operator": operator, "sequence_length": 5, "batch": 4, "hidden_size": 6, "dtype": "float32"}
+    case |= {"nonlinearity": nonlinearity, "reverse": False, "lengths": True}
+    backward = kernels.backward
+    for design in visit.designs_for(case, kernel_device):
+        monkeypatch.setattr(kernels, "backward", backward)
         assert visit.compare(case, design, kernel_device)["status"] == "agrees"
-        monkeypatch.setattr(rnn, "backward", lambda *arguments: [g * 1.01 for g in backward(*arguments)])
+        monkeypatch.setattr(kernels, "backward", lambda *arguments: [g * 1.01 for g in backward(*arguments)])
         result = visit.compare(case, design, kernel_device)
         assert result["status"] == "differs"
         assert "gradient of weight_hh" in result["reason"]
 
 
-def test_a_design_is_forced(visit, kernel_device, monkeypatch):
-    from rnnkernels.kernels.triton import dispatch, rnn
+@pytest.mark.interpreter
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("operator", ["rnn", "gru"])
+def test_a_wrong_design_is_not_timed(monkeypatch, visit, operator, direction, kernel_device):
+    kernels = visit.triton_kernels(operator)
+    case = {"operator": operator, "sequence_length": 3, "batch": 2, "hidden_size": 6, "dtype": "float32"}
+    case |= {"precision": "highest", "pass": direction}
+    results = visit.compare_designs(case, kernel_device, MOMENT)
+    assert [result["status"] for result in results] == ["measured"] * len(results)
+    assert [result["chosen"] for result in results] == [True] + [False] * (len(results) - 1)
+    name = f"run_{direction}"
+    run = getattr(visit, name)
+    monkeypatch.setattr(
+        visit, name, lambda op, module, *rest: run(op, module, *rest) * (1.01 if module is kernels else 1)
+    )
+    for result in visit.compare_designs(case, kernel_device, MOMENT):
+        assert result["status"] == "differs"
+        assert "microseconds_per_step" not in result
 
-    resident, step = visit.designs_for(6, 4, torch.float32, kernel_device)
+
+@pytest.mark.parametrize("operator", ["rnn", "gru"])
+def test_a_design_is_forced(visit, operator, kernel_device):
+    from rnnkernels.kernels.triton import dispatch
+
+    kernels, case = visit.triton_kernels(operator), {"operator": operator, "batch": 4, "hidden_size": 6}
+    resident, step = visit.designs_for({**case, "dtype": "float32"}, kernel_device)
     assert (type(resident), type(step)) == (dispatch.Resident, dispatch.Step)
-    with visit.forced(step):
-        assert rnn.choose("rnn", 6, 4, torch.float32, kernel_device) == step
+    with visit.forced(operator, step):
+        assert kernels.choose(operator, 6, 4, torch.float32, kernel_device) == step
         assert rk._backend._selected == "triton"
-    assert rnn.choose("rnn", 6, 4, torch.float32, kernel_device) == resident
+    assert kernels.choose(operator, 6, 4, torch.float32, kernel_device) == resident
 
 
 def test_a_command_that_outlasts_its_time_is_ended(visit, tmp_path, capsys):
