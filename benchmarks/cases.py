@@ -28,6 +28,9 @@ GPU_SHAPES = (
 
 MODES = ("forward+backward", "forward")
 
+MODULES = ("RNN", "GRU")
+"""Classes that ``rnnkernels`` and ``torch.nn`` both have."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -44,7 +47,7 @@ class Case:
     mode: str = "forward+backward"
     """``"forward"``: inference. ``"forward+backward"``: results, and the gradients of the input and every weight."""
     module: str = "RNN"
-    """Name of the class in ``rnnkernels`` and in ``torch.nn``."""
+    """Which of ``MODULES``."""
     dtype: str = "float32"
     """Type of weights, input, and everything else."""
     precision: str = "highest"
@@ -89,18 +92,21 @@ ARITHMETIC = (
 
 def cases(device_type: str) -> list[Case]:
     """The cases of a device, ``"cpu"`` or ``"cuda"``: those that matter most come first."""
-    arithmetic = ARITHMETIC if device_type == "cuda" else ARITHMETIC[:1]
-    declared = [Case(*shape, mode=mode) for mode, shape in itertools.product(MODES, SHAPES)]
-    declared += [Case(*shape, mode=mode) for shape, mode in itertools.product(SHORT_SHAPES, MODES)]
+    product = itertools.product
+    declared = [Case(*shape, mode=mode, module=module) for module, mode, shape in product(MODULES, MODES, SHAPES)]
     declared += [
-        Case(*shape, mode=mode, **variant, **types)
-        for types, variant, shape, mode in itertools.product(arithmetic, VARIANTS, SHAPES[:2], MODES)
+        Case(*shape, mode=mode, module=module) for module, shape, mode in product(MODULES, SHORT_SHAPES, MODES)
     ]
     if device_type == "cuda":
         declared += [
-            Case(*shape, mode=mode, **types)
-            for types, mode, shape in itertools.product(ARITHMETIC, MODES, SHAPES + GPU_SHAPES)
+            Case(*shape, mode=mode, module=module, **arithmetic)
+            for arithmetic, module, mode, shape in product(ARITHMETIC, MODULES, MODES, SHAPES + GPU_SHAPES)
         ]
+    shapes, kinds = (SHAPES[1:2], ARITHMETIC) if device_type == "cuda" else (SHAPES[:2], ARITHMETIC[:1])
+    declared += [
+        Case(*shape, mode=mode, module=module, **variant, **arithmetic)
+        for arithmetic, module, variant, shape, mode in product(kinds, MODULES, VARIANTS, shapes, MODES)
+    ]
     return list(dict.fromkeys(declared))
 
 
@@ -125,7 +131,7 @@ TARGETS = (
         "RNN forward+backward, plain float32, geometric mean of the five shapes",
         "geometric mean",
         1.5,
-        lambda case: case.plain and case.mode == "forward+backward",
+        lambda case: case.plain and case.module == "RNN" and case.mode == "forward+backward",
         complete=len(SHAPES),
     ),
     Target("never slower: lowest ratio of all cases, 5 % left for noise", "lowest", 0.95, lambda case: True),

@@ -8,6 +8,7 @@ Each part can run by itself (``--part``), ends when its time is used up (``--bud
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import itertools
 import math
@@ -18,20 +19,23 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0:0] = [str(ROOT)]  # the checkout's package, also where another one is installed
 
 import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from benchmarks import __main__ as table  # noqa: E402
 from benchmarks import records, runner  # noqa: E402
 from benchmarks.cases import ARITHMETIC, Case, cases  # noqa: E402
 from rnnkernels import _backend, ops, reference  # noqa: E402
-from rnnkernels.__main__ import LIMITS, arithmetic, errors, recurrent_arguments, relative_error  # noqa: E402
+from rnnkernels.__main__ import LIMITS, OPERATORS, arithmetic, errors, relative_error  # noqa: E402
 
 PARTS = ("report", "tests", "kernels", "designs", "benchmarks")
 
@@ -153,22 +157,28 @@ def tests(visit: Visit) -> bool:
     return code == 0
 
 
-@contextlib.contextmanager
-def forced(design) -> Iterator[None]:
-    """Let the Triton kernels of the RNN run with a design, whatever the dispatch would choose."""
-    from rnnkernels.kernels.triton import rnn
+def triton_kernels(operator: str) -> ModuleType:
+    """The module of an operator's Triton kernels."""
+    return importlib.import_module(f"rnnkernels.kernels.triton.{operator}")
 
-    with _backend.use_backend("triton"), mock.patch.object(rnn, "choose", return_value=design):
+
+@contextlib.contextmanager
+def forced(operator: str, design) -> Iterator[None]:
+    """Let the Triton kernels of an operator run with a design, whatever the dispatch would choose."""
+    with _backend.use_backend("triton"), mock.patch.object(triton_kernels(operator), "choose", return_value=design):
         yield
 
 
-def designs_for(hidden_size: int, batch: int, dtype: torch.dtype, device: torch.device, *batches: int) -> list:
+def designs_for(case: dict, device: torch.device, *batches: int) -> list:
     """The design that the dispatch chooses, and what it has for one launch a step, at this batch and at others."""
     from rnnkernels.kernels.triton import dispatch
 
-    found = [dispatch.choose("rnn", hidden_size, batch, dtype, device)]
+    def choose(batch):
+        return dispatch.choose(case["operator"], case["hidden_size"], batch, getattr(torch, case["dtype"]), device)
+
+    found = [choose(case["batch"])]
     with mock.patch.object(dispatch, "RESIDENT", {key: {} for key in dispatch.RESIDENT}):
-        found += [dispatch.choose("rnn", hidden_size, size, dtype, device) for size in (batch, *batches)]
+        found += [choose(batch) for batch in (case["batch"], *batches)]
     return list(dict.fromkeys(found))
 
 
@@ -191,20 +201,22 @@ def poisoned() -> Iterator[None]:
 
 def parity_cases(visit: Visit) -> Iterator[dict]:
     """What the part kernels compares: every option at an odd size, and two sets of options at every other size."""
-    every = list(itertools.product(ops.NONLINEARITIES, (False, True), (False, True)))
-    few = [("tanh", False, False), ("tanh", True, True)]
+    every = list(itertools.product((False, True), (False, True)))
+    few = [(False, False), (True, True)]
     sizes = [(7, 33, 17, every), *((7, batch, hidden, few) for hidden in (48, 128, 256, 300) for batch in (33, 80))]
     sizes += [(7, 1, 1, few), (5, 2, 64, few), (3, 70, 1000, few), (2, 70_001, 32, few[:1])]
+    kinds = ARITHMETIC
     if visit.rehearsal:
-        sizes = [(3, 2, 5, every), (2, 66, 16, few)]
-    kinds = [kind for kind in ARITHMETIC if not visit.rehearsal or kind in ({"dtype": "float32"}, {"dtype": "float16"})]
-    # The main road through all types first: what the budget cuts off should be the side roads.
-    planned = list(itertools.product(sizes, kinds))
+        # Not bfloat16, which the interpreter gets wrong, and TF32 it does not have.
+        sizes, kinds = [(3, 2, 5, every), (2, 66, 16, few)], [{"dtype": "float32"}, {"dtype": "float16"}]
+    planned = list(itertools.product(sizes, OPERATORS, kinds))
     if not visit.rehearsal:
-        planned.append(((70_000, 3, 16, few[:1]), ARITHMETIC[0]))
-    for (sequence_length, batch, hidden_size, options), kind in planned:
-        for nonlinearity, reverse, has_lengths in options:
+        planned += [((70_000, 3, 16, few[:1]), operator, ARITHMETIC[0]) for operator in OPERATORS]
+    for (sequence_length, batch, hidden_size, options), operator, kind in planned:
+        nonlinearities = (None,) if operator != "rnn" else ops.NONLINEARITIES if options is every else ("tanh",)
+        for nonlinearity, (reverse, has_lengths) in itertools.product(nonlinearities, options):
             yield {
+                "operator": operator,
                 "sequence_length": sequence_length,
                 "batch": batch,
                 "hidden_size": hidden_size,
@@ -220,13 +232,15 @@ def compare(case: dict, design, device: torch.device) -> dict:
     """The outcome of one comparison with ``rnnkernels.reference`` in float64."""
     torch.manual_seed(0)
     sequence_length, batch, dtype = case["sequence_length"], case["batch"], getattr(torch, case["dtype"])
-    arguments = recurrent_arguments(1, sequence_length, batch, 11, case["hidden_size"])
-    options = {"nonlinearity": case["nonlinearity"], "reverse": case["reverse"]}
+    arguments = OPERATORS[case["operator"]](sequence_length, batch, 11, case["hidden_size"])
+    options = {"reverse": case["reverse"]}
+    if case["nonlinearity"] is not None:
+        options["nonlinearity"] = case["nonlinearity"]
     if case["lengths"]:
         options["lengths"] = torch.randint(1, sequence_length + 1, (batch,))
     limit = LIMITS[arithmetic(dtype, device)]
-    with forced(design), poisoned():
-        found = errors("rnn", arguments, dtype, device, **options)
+    with forced(case["operator"], design), poisoned():
+        found = errors(case["operator"], arguments, dtype, device, **options)
     # A pre-activation within rounding of zero may fall on either side of ReLU's kink: a share of the gradients of about
     # the limit is then wholly different, and the norm of that is its root.
     loose = math.sqrt(limit) if case["nonlinearity"] == "relu" else limit
@@ -241,24 +255,26 @@ def compare(case: dict, design, device: torch.device) -> dict:
     }
 
 
-def compare_far_offsets(device: torch.device, sequence_length: int, batch: int, hidden_size: int) -> dict:
+def compare_far_offsets(
+    operator: str, device: torch.device, sequence_length: int, batch: int, hidden_size: int
+) -> dict:
     """Whether the first and last rows are right in a batch of so many states that 32 bits can't count them."""
     torch.manual_seed(0)
-    arguments = recurrent_arguments(1, sequence_length, batch, 2, hidden_size)
+    arguments = OPERATORS[operator](sequence_length, batch, 2, hidden_size)
     arguments = {name: argument.bfloat16() for name, argument in arguments.items()}
     cotangent = torch.randn(sequence_length, batch, 1).bfloat16()
     rows = torch.tensor([0, 1, batch - 2, batch - 1])
 
-    def run(rnn, selected, device, dtype):
+    def run(source, selected, device, dtype):
         own = {name: argument.to(device, dtype) for name, argument in arguments.items()}
         own["input"] = own["input"][:, selected].clone().requires_grad_()
         own["h_0"] = own["h_0"][selected]
-        output, _ = rnn(**own)
+        output, _ = getattr(source, operator)(**own)
         outer = cotangent[:, selected].to(device, dtype).expand_as(output)
         return output.detach(), *torch.autograd.grad(output, own["input"], outer)
 
-    actual = run(ops.rnn, slice(None), device, torch.bfloat16)
-    expected = run(reference.rnn, rows, torch.device("cpu"), torch.float64)
+    actual = run(ops, slice(None), device, torch.bfloat16)
+    expected = run(reference, rows, torch.device("cpu"), torch.float64)
     found = [relative_error(a[:, rows.to(device)], e) for a, e in zip(actual, expected, strict=True)]
     limit = LIMITS["bfloat16"]
     right = all(error <= limit for error in found)  # False for NaN
@@ -278,90 +294,120 @@ def attempt(function, *arguments) -> dict:
         return {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
 
 
+FAR = {"rnn": (20_000, 1_700, 64), "gru": (10_000, 1_000, 64)}
+"""Steps, batch and hidden units with more than 2^31 states, or gates."""
+
+
+def far_offsets(visit: Visit, deadline: float) -> Iterator[dict]:
+    """The outcome of :func:`compare_far_offsets` for each operator."""
+    for operator, sizes in FAR.items():
+        result = {"name": f"{operator}, more than 2^31 elements", "operator": operator, "status": "skipped"}
+        if time.monotonic() >= deadline:
+            result["reason"] = "the time was used up"
+        elif visit.rehearsal:
+            result |= attempt(compare_far_offsets, operator, visit.device, 3, 5, 4)
+        elif torch.cuda.mem_get_info(visit.device)[0] < 40 * 2**30:
+            result["reason"] = "it takes 40 GiB of a GPU's memory"
+        else:
+            result |= attempt(compare_far_offsets, operator, visit.device, *sizes)
+        yield result
+
+
 def kernels(visit: Visit) -> bool:
     """Both designs of the Triton kernels against ``rnnkernels.reference`` in float64, forward and backward."""
     deadline = time.monotonic() + visit.budget
     document, path = visit.document("kernels"), visit.file("-kernels.json")
-    counts: dict[tuple, dict[str, int]] = {}
+    counts: dict[tuple, Counter] = {}
     for case in parity_cases(visit):
         with runner.precision(case["precision"]):
-            dtype = getattr(torch, case["dtype"])
-            for design in designs_for(case["hidden_size"], case["batch"], dtype, visit.device):
-                result = {"name": f"rnn {design} {' '.join(f'{k}={v}' for k, v in case.items())}", **case}
+            kind = arithmetic(getattr(torch, case["dtype"]), visit.device)
+            for design in designs_for(case, visit.device):
+                result = {"name": f"{design} {' '.join(f'{k}={v}' for k, v in case.items())}", **case}
                 result |= {"design": str(design), "status": "skipped", "reason": "the time was used up"}
                 if time.monotonic() < deadline:
                     result |= attempt(compare, case, design, visit.device)
                 document["cases"].append(result)
-                group = arithmetic(dtype, visit.device), type(design).__name__
-                count = counts.setdefault(group, {})
-                count[result["status"]] = count.get(result["status"], 0) + 1
+                group = case["operator"], kind, type(design).__name__.lower()
+                counts.setdefault(group, Counter())[result["status"]] += 1
                 if result["status"] in ("differs", "failed"):
                     print(f"{result['status']}: {result['name']}: {result['reason']}", flush=True)
         records.write(path, document)
-    far = {"name": "rnn, more than 2^31 states", "status": "skipped", "reason": None}
-    if time.monotonic() >= deadline:
-        far["reason"] = "the time was used up"
-    elif visit.rehearsal:
-        far |= attempt(compare_far_offsets, visit.device, 3, 5, 4)
-    elif torch.cuda.mem_get_info(visit.device)[0] < 32 * 2**30:
-        far["reason"] = "it takes 32 GiB of a GPU's memory"
-    else:
-        far |= attempt(compare_far_offsets, visit.device, 20_000, 1_700, 64)
-    document["cases"].append(far)
-    records.write(path, document)
     for group, count in counts.items():
-        print(f"{' '.join(group)}: {', '.join(f'{number} {status}' for status, number in count.items())}")
-    print(f"{far['name']}: {far['status']} {far['reason'] or ''}")
+        print(f"{', '.join(group)}: {', '.join(f'{number} {status}' for status, number in count.items())}")
+    for result in far_offsets(visit, deadline):
+        document["cases"].append(result)
+        records.write(path, document)
+        print(f"{result['name']}: {result['status']} {result['reason'] or ''}", flush=True)
     return not any(case["status"] in ("differs", "failed") for case in document["cases"])
 
 
-def compare_designs(case: dict, device: torch.device, steps: int, measurement: dict) -> list[dict]:
-    """Microseconds a step of every design that fits, measured side by side."""
-    from rnnkernels.kernels.eager import rnn as eager
-    from rnnkernels.kernels.triton import rnn
+def run_forward(operator: str, kernels: ModuleType, buffer: Tensor, h_0: Tensor, weight_hh: Tensor) -> Tensor:
+    """The states, from a buffer that holds the projected input and receives what the backward pass needs."""
+    if operator == "rnn":
+        kernels.forward(buffer, h_0, weight_hh, None, "tanh", False)
+        return buffer
+    return kernels.forward(buffer, h_0, weight_hh, None, None, False)[0]
 
+
+def run_backward(
+    operator: str, kernels: ModuleType, outer: Tensor, states: Tensor, buffer: Tensor, h_0: Tensor, weight_hh: Tensor
+) -> Tensor:
+    """The gradient of the projected input, from that of the states."""
+    if operator == "rnn":
+        return kernels.backward(outer, h_0, states, weight_hh, None, "tanh", False)[0]
+    return kernels.backward(outer, h_0, states, buffer, h_0, weight_hh, None, False)[0]
+
+
+def compare_designs(case: dict, device: torch.device, measurement: dict) -> list[dict]:
+    """Microseconds a step of every design that fits, measured side by side."""
     torch.manual_seed(0)
-    dtype, batch, hidden_size = getattr(torch, case["dtype"]), case["batch"], case["hidden_size"]
-    scale = hidden_size**-0.5
-    projected, outer = (torch.randn(steps, batch, hidden_size, device=device).to(dtype) for _ in range(2))
-    h_0 = torch.randn(batch, hidden_size, device=device).to(dtype)
-    weight = torch.empty(hidden_size, hidden_size, device=device).uniform_(-scale, scale).to(dtype)
-    exact = projected.double()
-    eager.forward(exact, h_0.double(), weight.double(), None, "tanh", False)
-    states = exact.to(dtype)
-    if case["pass"] == "forward":
-        right = exact
-    else:
-        right, _ = eager.backward(outer.double(), h_0.double(), states.double(), weight.double(), None, "tanh", False)
+    operator, dtype = case["operator"], getattr(torch, case["dtype"])
+    steps, batch, hidden_size = case["sequence_length"], case["batch"], case["hidden_size"]
+    width = {"rnn": 1, "gru": 4}[operator] * hidden_size
+    weights = OPERATORS[operator](1, batch, 1, hidden_size)
+    h_0, weight_hh = (weights[name].to(device, dtype) for name in ("h_0", "weight_hh"))
+    projected = torch.randn(steps, batch, width, device=device).to(dtype)
+    outer = torch.randn(steps, batch, hidden_size, device=device).to(dtype)
+    eager = importlib.import_module(f"rnnkernels.kernels.eager.{operator}")
+    triton = triton_kernels(operator)
+
+    exact_buffer = projected.double()
+    exact = run_forward(operator, eager, exact_buffer, h_0.double(), weight_hh.double())
+    saved = exact.to(dtype), exact_buffer.to(dtype), h_0, weight_hh
+    if case["pass"] == "backward":
+        exact = run_backward(operator, eager, outer.double(), *(tensor.double() for tensor in saved))
     limit = LIMITS[arithmetic(dtype, device)]
-    results, functions = [], {}
-    for position, design in enumerate(designs_for(hidden_size, batch, dtype, device, 1, 1024)):
-        # In the timed runs each pass over `buffer` starts from the states of the last: as random as the first input.
+
+    def function(design):
+        # In the timed runs, a pass over the buffer starts from what the last one left: as random as the first input.
         buffer = projected.clone()
 
-        def run(design=design, buffer=buffer):
-            with forced(design):
-                if case["pass"] == "forward":
-                    rnn.forward(buffer, h_0, weight, None, "tanh", False)
-                    return buffer
-                return rnn.backward(outer, h_0, states, weight, None, "tanh", False)[0]
+        def run():
+            with forced(operator, design):
+                if case["pass"] == "backward":
+                    return run_backward(operator, triton, outer, *saved)
+                return run_forward(operator, triton, buffer, h_0, weight_hh)
 
-        result = {**case, "design": str(design), "chosen": position == 0, "status": "failed", "reason": None}
-        try:
-            error = relative_error(run(), right)
-            result |= {"relative_error": records.finite(error), "allowed_error": limit}
-            if error <= limit:
-                functions[str(design)] = run
-            else:
-                result |= {"status": "differs", "reason": f"relative error {error:.1e}, allowed {limit:.1e}"}
-        except Exception as error:
-            result["reason"] = f"{type(error).__name__}: {error}"
-        results.append(result)
+        return run
+
+    def check(run):
+        error = relative_error(run(), exact)
+        right = error <= limit  # False for NaN
+        reason = None if right else f"relative error {error:.1e}, allowed {limit:.1e}"
+        found = {"relative_error": records.finite(error), "allowed_error": limit}
+        return {**found, "status": "measured" if right else "differs", "reason": reason}
+
+    results, functions = [], {}
+    for position, design in enumerate(designs_for(case, device, 1, 1024)):
+        run = function(design)
+        results.append({**case, "design": str(design), "chosen": position == 0, **attempt(check, run)})
+        if results[-1]["status"] == "measured":
+            functions[str(design)] = run
     times = runner.interleave(functions, runner.clock(device), **measurement)
     for result in results:
         if result["design"] in times:
-            per_step = runner.summarize([milliseconds * 1e3 / steps for milliseconds in times[result["design"]]])
-            result |= {"status": "measured", "microseconds_per_step": per_step}
+            per_step = [milliseconds * 1e3 / steps for milliseconds in times[result["design"]]]
+            result["microseconds_per_step"] = runner.summarize(per_step)
     return results
 
 
@@ -370,21 +416,21 @@ def designs(visit: Visit) -> bool:
     deadline = time.monotonic() + visit.budget
     document, path = visit.document("designs"), visit.file("-designs.json")
     sizes, batches, steps = (256, 128, 64, 32, 16, 512, 1024), (64, 1, 16, 256, 1024), 256
-    measurement = {"seconds": 0.3, "rounds": (7, 200)}
+    kinds = (ARITHMETIC[2], ARITHMETIC[0], ARITHMETIC[1])  # float16 is as bfloat16
+    measurement = {"seconds": 0.2, "rounds": (7, 100)}
     if visit.rehearsal:
-        sizes, batches, steps, measurement = (16,), (2,), 3, {"seconds": 0.0, "rounds": (2, 2)}
-    kinds = ARITHMETIC[:1] if visit.rehearsal else (ARITHMETIC[2], ARITHMETIC[0], ARITHMETIC[1])
-    for batch, hidden_size, kind, direction in itertools.product(batches, sizes, kinds, ("forward", "backward")):
-        precision = kind.get("precision", "highest")
-        case = {"hidden_size": hidden_size, "batch": batch, "dtype": kind["dtype"], "precision": precision}
-        case |= {"sequence_length": steps, "pass": direction}
-        case = {"name": f"rnn H={hidden_size} B={batch} {kind['dtype']} {precision} {direction}", **case}
+        sizes, batches, steps, kinds, measurement = (16,), (2,), 3, ARITHMETIC[:1], {"seconds": 0.0, "rounds": (2, 2)}
+    passes = ("forward", "backward")
+    for batch, hidden_size, operator, kind, direction in itertools.product(batches, sizes, OPERATORS, kinds, passes):
+        case = {"operator": operator, "hidden_size": hidden_size, "batch": batch, "sequence_length": steps}
+        case |= {"dtype": kind["dtype"], "precision": kind.get("precision", "highest"), "pass": direction}
+        case["name"] = f"{operator} H={hidden_size} B={batch} {case['dtype']} {case['precision']} {direction}"
         if time.monotonic() >= deadline:
             document["cases"].append({**case, "status": "skipped", "reason": "the time was used up"})
             continue
-        with runner.precision(precision):
+        with runner.precision(case["precision"]):
             try:
-                found = compare_designs(case, visit.device, steps, measurement)
+                found = compare_designs(case, visit.device, measurement)
             except Exception as error:
                 found = [{**case, "status": "failed", "reason": f"{type(error).__name__}: {error}"}]
         document["cases"] += found
@@ -401,7 +447,11 @@ def designs(visit: Visit) -> bool:
     return not any(case["status"] in ("differs", "failed") for case in document["cases"])
 
 
-TINY = (Case(3, 2, 3, 4), Case(3, 2, 3, 4, mode="forward"), Case(4, 3, 2, 5, packed=True, bidirectional=True))
+TINY = (
+    Case(3, 2, 3, 4),
+    Case(3, 2, 3, 4, mode="forward", module="GRU"),
+    Case(4, 3, 2, 5, packed=True, bidirectional=True),
+)
 
 
 def benchmarks(visit: Visit) -> bool:
@@ -409,7 +459,7 @@ def benchmarks(visit: Visit) -> bool:
     deadline = time.monotonic() + visit.budget
     declared = TINY if visit.rehearsal else cases(visit.device.type)
     selected = [case for case in declared if re.search(visit.filter, case.name)]
-    measurement = {"seconds": 0.0, "rounds": (2, 2)} if visit.rehearsal else {**runner.FULL, "seconds": 1.0}
+    measurement = {"seconds": 0.0, "rounds": (2, 2)} if visit.rehearsal else {**runner.FULL, "seconds": 0.5}
     document = visit.document("benchmarks")
     table.run(selected, visit.device, document, visit.file(".json"), deadline, **measurement)
     return table.exit_code(document, check=False) == 0

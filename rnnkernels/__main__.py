@@ -160,17 +160,11 @@ def _implementations() -> Iterator[str]:
 def _designs() -> Iterator[str]:
     from rnnkernels.kernels.triton import dispatch
 
-    for device in devices()[1:]:
-        for dtype in _backend.TRITON_DTYPES:
-            runs: list[list] = []
-            for hidden_size in HIDDEN_SIZES:
-                design = type(dispatch.choose("rnn", hidden_size, 32, dtype, device)).__name__.lower()
-                if runs and runs[-1][0] == design:
-                    runs[-1][1].append(hidden_size)
-                else:
-                    runs.append([design, [hidden_size]])
-            chosen = "; ".join(f"{design} for {', '.join(map(str, sizes))}" for design, sizes in runs)
-            yield f"rnn  {device}  {arithmetic(dtype, device)}, hidden_size: {chosen}"
+    for operator, device, dtype in itertools.product(OPERATORS, devices()[1:], _backend.TRITON_DTYPES):
+        designs = {size: dispatch.choose(operator, size, 32, dtype, device) for size in HIDDEN_SIZES}
+        runs = itertools.groupby(designs, key=lambda size: type(designs[size]).__name__.lower())
+        chosen = "; ".join(f"{design} for {', '.join(map(str, sizes))}" for design, sizes in runs)
+        yield f"{operator}  {device}  {arithmetic(dtype, device)}, hidden_size: {chosen}"
 
 
 def _can_be_checked(device: torch.device, dtype: torch.dtype, backend: str) -> bool:
