@@ -1,6 +1,6 @@
 """Checks of arguments that the operators share. Each error names the argument, what was expected, and what came."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,10 +61,10 @@ class Arguments(NamedTuple):
     lengths: Tensor | None
     backend: str
 
-    @property
-    def differentiable(self) -> bool:
-        """Whether a gradient may be asked for."""
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.tensors)
+
+def differentiable(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a gradient may be asked for."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def check_recurrent(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rnnkernels import reference
-from rnnkernels.ops._checks import check_recurrent
+from rnnkernels.ops._checks import check_recurrent, differentiable
 from rnnkernels.ops._sequence import differentiable_gradients, kernels, recurrent_weight_gradient
 
 
@@ -64,7 +64,7 @@ def gru(
     (torch.Size([7, 2, 5]), torch.Size([2, 5]))
     """
     arguments = check_recurrent(input, {"h_0": h_0}, 3, weight_ih, weight_hh, bias_ih, bias_hh, lengths=lengths)
-    if arguments.backend == "eager" and lengths is None and not arguments.differentiable:
+    if arguments.backend == "eager" and lengths is None and not differentiable(arguments.tensors):
         return _native_forward(*arguments.tensors, reverse=reverse)
     output, h_n, _ = torch.ops.rnnkernels.gru(*arguments.tensors, arguments.lengths, reverse, arguments.backend)
     return output, h_n
