@@ -76,7 +76,7 @@ space:
 # uv keeps the versions that constraints.txt already has; UV_ARGS="--upgrade" or "--upgrade-package torch" renews them.
 constraints: $(READY)          ## resolve constraints.txt anew from pyproject.toml, for all Pythons at once
 	@$(PY) -m pip install --quiet uv
-	@$(PY) -m uv pip compile --universal --python-version 3.10 --all-extras --no-annotate \
+	@$(PY) -m uv pip compile --quiet --universal --python-version 3.10 --all-extras --no-annotate \
 		--custom-compile-command "make constraints" $(UV_ARGS) pyproject.toml --output-file constraints.txt
 
 clean:                         ## remove the built book and the tools' caches
