@@ -66,12 +66,13 @@ class Trace(NamedTuple):
     c_n: Tensor | None
     """(B, H); None but for the LSTM."""
     gates: Tensor
-    """(T, B, parts * H), activated: the RNN's candidate state $f(a_t)$; $W_{hn} h + b_{hn}$ (zeros where the reset gate acts before
-    the product), r, z, n of the GRU; i, f, g, o of the LSTM. Finite in padding."""
+    """(T, B, parts * H), activated: the RNN's candidate state $f(a_t)$; $W_{hn} h + b_{hn}$ (zeros where the reset gate
+    acts before the product), r, z, n of the GRU; i, f, g, o of the LSTM. Finite in padding."""
     cells: Tensor | None
     """(T, B, H), float32 or better: the LSTM's $c_t$, after zoneout."""
     new_cells: Tensor | None
-    """(T, B, H), float32 or better: the LSTM's $f_t \\odot c_{t-1} + i_t \\odot g_t$; ``cells`` itself without zoneout of the cell."""
+    """(T, B, H), float32 or better: the LSTM's $f_t \\odot c_{t-1} + i_t \\odot g_t$; None without zoneout of the cell,
+    where it is ``cells``."""
     products: Tensor | None
     """(T, B, gates * H), with layer normalization: what is normalized. For the RNN the sum of input and recurrent
     product, for the others the recurrent product."""
