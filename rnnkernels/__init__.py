@@ -8,7 +8,7 @@ from rnnkernels.nn import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-_LAZY = ("data", "diagnostics")
+_LAZY = ("data", "diagnostics", "init")
 
 __all__ = [*nn.__all__, *_LAZY, "nn", "ops", "reference", "use_backend"]
 
