@@ -196,6 +196,188 @@ def test_gradient_norm_below_the_range_of_its_squares():
     torch.testing.assert_close(norms, expected, rtol=1e-6, atol=0)  # 2**-120, its square is not a float32
 
 
+# ---------------------------------------------------------------- Jacobians of any module
+
+
+def flat(state):
+    """(layers, B, H) and its like as one row a sequence, written out."""
+    parts = state if isinstance(state, tuple) else (state,)
+    return torch.cat([part[layer] for part in parts for layer in range(len(part))], dim=-1)
+
+
+def unflat(row, like):
+    parts, pieces = like if isinstance(like, tuple) else (like,), []
+    for part in parts:
+        size = part.shape[0] * part.shape[-1]
+        piece, row = row[:, :size], row[:, size:]
+        pieces.append(torch.stack(piece.chunk(part.shape[0], dim=1)))
+    return tuple(pieces) if isinstance(like, tuple) else pieces[0]
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_jacobian_per_lag_against_brute_force(make_module, batch_first, given):
+    """Every lag from one call of the whole remaining sequence, differentiated by torch.autograd.functional."""
+    module, input = make_module(), random(T, B, INPUT)
+    _, hx = module(random(2, B, INPUT))
+    hx = tuple(s.detach() for s in hx) if isinstance(hx, tuple) else hx.detach()
+    if not given:
+        hx = tuple(map(torch.zeros_like, hx)) if isinstance(hx, tuple) else torch.zeros_like(hx)
+    tested = make_module(batch_first=batch_first)
+    tested.load_state_dict(module.state_dict())
+    P = diagnostics.jacobian_per_lag(tested, input.transpose(0, 1) if batch_first else input, hx if given else None)
+    size = flat(hx).shape[1]
+    assert P.shape == (T + 1, B, size, size)
+    for lag in range(T + 1):
+        before = module(input[: T - lag], hx)[1] if lag < T else hx
+        for b in range(B):
+            alone = tuple(s[:, b : b + 1] for s in before) if isinstance(before, tuple) else before[:, b : b + 1]
+
+            def rest(row, lag=lag, b=b, alone=alone):
+                start = unflat(row.unsqueeze(0), alone)
+                return flat(module(input[T - lag :, b : b + 1], start)[1] if lag else start)[0]
+
+            torch.testing.assert_close(P[lag, b], jacobian(rest, flat(alone)[0]), rtol=1e-9, atol=1e-13)
+    some = diagnostics.singular_values_per_lag(tested, input.transpose(0, 1) if batch_first else input, hx, lags=[5, 2])
+    torch.testing.assert_close(some, torch.linalg.svdvals(P[[5, 2]]))
+    assert all(p.grad is None for p in tested.parameters())
+
+
+def test_jacobian_per_lag_is_the_product_for_a_plain_rnn():
+    module, input = rk.RNN(INPUT, H, dtype=torch.float64), random(T, B, INPUT)
+    states = module(input)[0].detach()
+    expected = diagnostics.jacobian_product(diagnostics.state_jacobians(module.weight_hh_l0.detach(), states))
+    torch.testing.assert_close(diagnostics.jacobian_per_lag(module, input), expected)
+
+
+# ---------------------------------------------------------------- gates
+
+EVERY_FORM = {"num_layers": 2, "bidirectional": True, "batch_first": True}
+
+
+@pytest.mark.parametrize("options", [{}, EVERY_FORM, {"bias": False}, {"dropout": 0.5, "num_layers": 2}])
+@pytest.mark.parametrize("make", [torch.nn.LSTM, torch.nn.GRU, rk.GRU, rk.RNN, getattr(rk, "LSTM", torch.nn.LSTM)])
+def test_gates_lead_to_the_modules_states(make, options):
+    module = make(INPUT, H, dtype=torch.float64, **options)
+    input, training = random(B, T, INPUT), module.training
+    _, hx = module(input)
+    found = diagnostics.gate_activations(module, input, hx)
+    assert module.training is training
+    layers = (2 if "num_layers" in options else 1) * (2 if "bidirectional" in options else 1)
+    assert len(found) == layers
+    names = {"LSTM": ["input", "forget", "cell", "output"], "GRU": ["reset", "update", "new"], "RNN": ["hidden"]}
+    time, batch = (T, B) if "batch_first" in options else (B, T)
+    for gates in found:
+        assert list(gates) == names[make.__name__]
+        assert all(values.shape == (time, batch, H) for values in gates.values())
+
+
+def test_lstm_gates_follow_from_the_cell_states_seen_from_outside():
+    """c_t = f c_{t-1} + i g and h_t = o tanh(c_t), with the states from torch's own cell."""
+    lstm, input = torch.nn.LSTM(INPUT, H, dtype=torch.float64), random(T, B, INPUT)
+    cell = torch.nn.LSTMCell(INPUT, H, dtype=torch.float64)
+    cell.load_state_dict({name.removesuffix("_l0"): value for name, value in lstm.state_dict().items()})
+    (gates,) = diagnostics.gate_activations(lstm, input)
+    h = c = torch.zeros(B, H, dtype=torch.float64)
+    for t in range(T):
+        before, (h, c) = c, cell(input[t], (h, c))
+        torch.testing.assert_close(gates["forget"][t] * before + gates["input"][t] * gates["cell"][t], c)
+        torch.testing.assert_close(gates["output"][t] * c.tanh(), h)
+
+
+@pytest.mark.parametrize("make", [torch.nn.GRU, rk.GRU])
+def test_gru_gates_by_their_biases(make):
+    gru = make(INPUT, H, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in gru.parameters():
+            parameter.zero_()
+        gru.bias_ih_l0.copy_(torch.tensor([-2.0, 1.0, 0.5], dtype=torch.float64).repeat_interleave(H))
+    (gates,) = diagnostics.gate_activations(gru, random(T, B, INPUT))
+    for name, value in {
+        "reset": 1 / (1 + math.exp(2)),
+        "update": 1 / (1 + math.exp(-1)),
+        "new": math.tanh(0.5),
+    }.items():
+        torch.testing.assert_close(gates[name], torch.full((T, B, H), value, dtype=torch.float64))
+
+
+def test_gate_statistics_count_by_hand():
+    lstm, input = torch.nn.LSTM(INPUT, 8), 10 * torch.randn(T, B, INPUT)
+    (gates,), (statistics,) = diagnostics.gate_activations(lstm, input), diagnostics.gate_statistics(lstm, input)
+    for name, values in gates.items():
+        values = values.double().flatten().tolist()
+        low, high = (-0.8, 0.8) if name == "cell" else (0.1, 0.9)
+        mean = sum(values) / len(values)
+        expected = (
+            mean,
+            math.sqrt(sum((v - mean) ** 2 for v in values) / len(values)),
+            sum(v < low for v in values) / len(values),
+            sum(v > high for v in values) / len(values),
+        )
+        assert statistics[name] == pytest.approx(expected, abs=1e-6)
+        assert 0 < expected[2] < 1
+        assert 0 < expected[3] < 1
+
+
+def test_gate_statistics_of_plain_networks():
+    input = torch.randn(T, B, INPUT)
+    for nonlinearity in ("relu", "identity", "sigmoid"):
+        rnn = rk.RNN(INPUT, 64, nonlinearity=nonlinearity)
+        statistics = diagnostics.gate_statistics(rnn, input)[0]["hidden"]
+        states = rnn(input)[0]
+        zeros = (states == 0).double().mean().item()
+        expected = {"relu": (zeros, 0), "identity": (0, 0), "sigmoid": (0, 0)}[nonlinearity]
+        assert (statistics.low, statistics.high) == pytest.approx(expected)
+        assert statistics.mean == pytest.approx(states.mean().item(), abs=1e-6)
+
+
+def test_gates_refuse_equations_that_are_not_the_textbooks():
+    class Strange(torch.nn.GRU):
+        def forward(self, input, hx=None):
+            output, h_n = super().forward(input, hx)
+            return output + 0.01, h_n
+
+    with pytest.raises(ValueError, match=r"module.*textbook"):
+        diagnostics.gate_activations(Strange(INPUT, H), torch.randn(T, B, INPUT))
+
+
+# ---------------------------------------------------------------- recorders
+
+
+def test_update_recorder_measures_the_steps_made():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)).double()
+    recorder = diagnostics.UpdateRecorder(model.named_parameters())
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=0.1)
+    assert recorder.ratios["0.weight"].shape == (0,)
+    expected = []
+    for _ in range(3):
+        model(random(5, 3)).square().sum().backward()
+        before = {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}
+        with recorder:
+            optimizer.step()
+        after = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+        expected.append({n: ((after[n] - before[n]) ** 2).sum() ** 0.5 / (before[n] ** 2).sum() ** 0.5 for n in before})
+    for name, ratios in recorder.ratios.items():
+        torch.testing.assert_close(ratios, torch.tensor([step[name] for step in expected], dtype=torch.float64))
+
+
+def test_update_recorder_skips_a_failed_step():
+    weight = torch.ones(2, requires_grad=True)
+    recorder = diagnostics.UpdateRecorder([("weight", weight)])
+    with pytest.raises(RuntimeError, match="stop"), recorder:
+        raise RuntimeError("stop")
+    assert recorder.ratios["weight"].shape == (0,)
+
+
+def test_clip_recorder():
+    recorder = diagnostics.ClipRecorder(max_norm=2.0)
+    assert math.isnan(recorder.share)
+    for norm in (1.0, torch.tensor(3.0), 2.0, torch.tensor(float("nan")), float("inf")):
+        recorder.record(norm)
+    assert recorder.share == pytest.approx(3 / 5)
+    assert recorder.norms.shape == (5,)
+
+
 # ---------------------------------------------------------------- saved tensors
 
 
@@ -305,6 +487,20 @@ def test_saved_tensors_of_a_layer_grow_linearly(make):
             ValueError,
             "bidirectional",
         ),
+        (
+            lambda: diagnostics.jacobian_per_lag(torch.nn.RNN(INPUT, H), torch.ones(T, B, INPUT), lags=[8]),
+            ValueError,
+            "lags.*0 to 7.*8",
+        ),
+        (
+            lambda: diagnostics.jacobian_per_lag(torch.nn.GRU(INPUT, H, bidirectional=True), torch.ones(T, B, INPUT)),
+            ValueError,
+            "bidirectional",
+        ),
+        (lambda: diagnostics.gate_activations(torch.nn.Linear(2, 2), torch.ones(T, B, 2)), TypeError, "module.*Linear"),
+        (lambda: diagnostics.gate_activations(rk.RNN(INPUT, H), torch.ones(T, B, 9)), ValueError, "input.*9"),
+        (lambda: diagnostics.gate_statistics(torch.nn.Linear(2, 2), torch.ones(T, B, 2)), TypeError, "module.*Linear"),
+        (lambda: diagnostics.ClipRecorder(0), ValueError, "max_norm.*0"),
     ],
 )
 def test_errors_name_the_argument(call, error, words):
