@@ -79,6 +79,11 @@ def layer_norm(input: Tensor, gain: Tensor | None, epsilon: float = 1e-5) -> Ten
     return input if gain is None else functional.layer_norm(input, gain.shape, gain, None, epsilon)
 
 
+def _from_input(input: Tensor, weight_ih: Tensor | None) -> Tensor:
+    """The product with the input; ``input`` is that product already where there are no weights."""
+    return input if weight_ih is None else functional.linear(input, weight_ih)
+
+
 def rnn_cell(
     input: Tensor,
     hidden: Tensor,
@@ -136,11 +141,8 @@ def rnn_cell(
     True
     """
     recurrent = hidden if recurrent_mask is None else hidden * recurrent_mask
-    if norm_hh is None:
-        a = functional.linear(input, weight_ih, bias_ih) + functional.linear(recurrent, weight_hh, bias_hh)
-    else:
-        a = layer_norm(functional.linear(input, weight_ih) + functional.linear(recurrent, weight_hh), norm_hh)
-        a = sum((bias for bias in (bias_ih, bias_hh) if bias is not None), a)
+    a = layer_norm(_from_input(input, weight_ih) + functional.linear(recurrent, weight_hh), norm_hh)
+    a = sum((bias for bias in (bias_ih, bias_hh) if bias is not None), a)
     return ACTIVATIONS[nonlinearity](clip_gradient(a, grad_clip))
 
 
@@ -219,10 +221,8 @@ def gru_cell(
         return 0.0 if value is None else value[rows]
 
     rz, candidate = slice(0, 2 * size), slice(2 * size, 3 * size)
-    from_input = [
-        normalized(functional.linear(input, weight_ih[rows]), norm_ih, rows) + part(bias_ih, rows)
-        for rows in (rz, candidate)
-    ]
+    projected = _from_input(input, weight_ih)
+    from_input = [normalized(projected[:, rows], norm_ih, rows) + part(bias_ih, rows) for rows in (rz, candidate)]
     from_state = normalized(functional.linear(recurrent, weight_hh[rz]), norm_hh, rz) + part(bias_hh, rz)
     r, z = torch.sigmoid(clip_gradient(from_input[0] + from_state, grad_clip)).chunk(2, dim=-1)
     carried = functional.linear(recurrent if reset_after else r * recurrent, weight_hh[candidate])
@@ -311,7 +311,7 @@ def lstm_cell(
     (0.5, True)
     """
     recurrent = hidden if recurrent_mask is None else hidden * recurrent_mask
-    a = layer_norm(functional.linear(input, weight_ih), norm_ih)
+    a = layer_norm(_from_input(input, weight_ih), norm_ih)
     a = a + layer_norm(functional.linear(recurrent, weight_hh), norm_hh)
     a = sum((bias for bias in (bias_ih, bias_hh) if bias is not None), a)
     a_i, a_f, a_g, a_o = a.chunk(4, dim=-1)

@@ -54,11 +54,59 @@ def check_lengths(lengths: object, sequence_length: int, batch: int, device: tor
     return lengths.to(device)
 
 
+def check_reset(reset: object, sequence_length: int, batch: int, device: torch.device) -> Tensor:
+    """Check the mask of the steps at which a new sequence begins, and return it on ``device``."""
+    if not isinstance(reset, Tensor):
+        raise TypeError(f"reset: expected a Tensor, got {type(reset).__name__}")
+    if reset.dtype != torch.bool:
+        raise TypeError(f"reset: expected dtype torch.bool, got {reset.dtype}")
+    if tuple(reset.shape) != (sequence_length, batch):
+        raise ValueError(f"reset: expected shape ({sequence_length}, {batch}), got {tuple(reset.shape)}")
+    return reset.to(device)
+
+
+def check_probability(name: str, value: object) -> float:
+    """Check a probability."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a probability from 0 to 1, got {value}")
+    return float(value)
+
+
+def check_grad_clip(value: object) -> float:
+    """Check the bound on the gradient that flows through time; infinite where it is None."""
+    if value is None:
+        return float("inf")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"grad_clip: expected a float or None, got {type(value).__name__}")
+    if not value > 0:
+        raise ValueError(f"grad_clip: expected a positive bound, got {value}")
+    return float(value)
+
+
+def check_seed(seed: object) -> Tensor:
+    """Check the seed of random masks, and return it as a tensor on the CPU; drawn from torch's generator if None."""
+    if seed is None:
+        return torch.randint(2**63 - 1, ())
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.dim() != 0 or seed.device.type != "cpu":
+            came = f"{seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
+            raise TypeError(f"seed: expected an integer or an int64 scalar on the CPU, got {came}")
+        return seed
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: expected an integer, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: expected a 64-bit integer, got {seed}")
+    return torch.tensor(seed)
+
+
 class Arguments(NamedTuple):
     """Checked arguments of a recurrent operator, in the type that autocast asks for."""
 
-    tensors: list[Tensor | None]
+    tensors: dict[str, Tensor | None]
     lengths: Tensor | None
+    reset: Tensor | None
     backend: str
 
 
@@ -67,36 +115,47 @@ def differentiable(tensors: Iterable[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+REQUIRED = ("h_0", "c_0", "weight_ih", "weight_hh")
+
+
 def check_recurrent(
-    input: Tensor,
-    states: dict[str, Tensor],
-    gates: int,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    *,
-    lengths: Tensor | None,
+    gates: int, *, lengths: Tensor | None, reset: Tensor | None, input: Tensor, **tensors: Tensor | None
 ) -> Arguments:
     """Check what every recurrent operator takes. ``gates`` is how many rows of the weights a hidden unit has."""
     check_tensor("input", input, ("sequence_length", "batch", "input_size"))
     sequence_length, batch, input_size = input.shape
     if sequence_length == 0:
         raise ValueError("input: expected at least 1 step, got an empty sequence")
-    tensors = {**states, "weight_ih": weight_ih, "weight_hh": weight_hh, "bias_ih": bias_ih, "bias_hh": bias_hh}
     dtype = autocast_dtype(input.device)
     if dtype is not None:
         input = input.to(dtype)
         tensors = {name: value.to(dtype) if isinstance(value, Tensor) else value for name, value in tensors.items()}
-    for name in states:
-        check_tensor(name, tensors[name], (batch, "hidden_size"), like=input)
-    hidden_size = tensors["h_0"].shape[1]
-    check_tensor("weight_ih", tensors["weight_ih"], (gates * hidden_size, input_size), like=input)
-    check_tensor("weight_hh", tensors["weight_hh"], (gates * hidden_size, hidden_size), like=input)
-    for name in ("bias_ih", "bias_hh"):
-        if tensors[name] is not None:
-            check_tensor(name, tensors[name], (gates * hidden_size,), like=input)
+    check_tensor("h_0", tensors["h_0"], (batch, "hidden_size"), like=input)
+    state_size = hidden_size = tensors["h_0"].shape[1]
+    if tensors.get("weight_hr") is not None:
+        check_tensor("c_0", tensors["c_0"], (batch, "hidden_size"), like=input)
+        hidden_size = tensors["c_0"].shape[1]
+    rows = gates * hidden_size
+    shapes = {
+        "h_0": (batch, state_size),
+        "c_0": (batch, hidden_size),
+        "weight_ih": (rows, input_size),
+        "weight_hh": (rows, state_size),
+        "bias_ih": (rows,),
+        "bias_hh": (rows,),
+        "weight_hr": (state_size, hidden_size),
+        "weight_peephole": (3, hidden_size),
+        "norm_ih": (rows,),
+        "norm_hh": (rows,),
+        "norm_cell_weight": (hidden_size,),
+        "norm_cell_bias": (hidden_size,),
+    }
+    for name, value in tensors.items():
+        if value is not None or name in REQUIRED:
+            check_tensor(name, value, shapes[name], like=input)
     if lengths is not None:
         lengths = check_lengths(lengths, sequence_length, batch, input.device)
+    if reset is not None:
+        reset = check_reset(reset, sequence_length, batch, input.device)
     backend = resolve(input.device, input.dtype)
-    return Arguments([input, *tensors.values()], lengths, backend)
+    return Arguments({"input": input, **tensors}, lengths, reset, backend)

@@ -6,6 +6,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def kernels(backend: str, operator: str) -> ModuleType:
@@ -23,6 +24,17 @@ def project(input: Tensor, weight_ih: Tensor, bias_ih: Tensor | None, bias_hh: T
     biases = [bias for bias in (bias_ih, bias_hh) if bias is not None]
     projected = torch.addmm(sum(biases), flat, weight_t) if biases else flat @ weight_t
     return projected.view(steps, batch, weight_ih.shape[0])
+
+
+def project_normalized(
+    input: Tensor, weight_ih: Tensor, norm_ih: Tensor | None, groups: tuple[int, ...], biases: Sequence[Tensor | None]
+) -> Tensor:
+    """The input's share of every pre-activation, each group of columns normalized where ``norm_ih`` is its gain."""
+    projected = functional.linear(input, weight_ih)
+    if norm_ih is not None:
+        parts = zip(projected.split(groups, -1), norm_ih.split(groups), strict=True)
+        projected = torch.cat([functional.layer_norm(part, gain.shape, gain) for part, gain in parts], -1)
+    return sum((bias for bias in biases if bias is not None), projected)
 
 
 def projection_gradients(

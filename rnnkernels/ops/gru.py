@@ -4,8 +4,14 @@ import torch
 from torch import Tensor
 
 from rnnkernels import reference
-from rnnkernels.ops._checks import check_recurrent, differentiable
-from rnnkernels.ops._sequence import differentiable_gradients, kernels, recurrent_weight_gradient
+from rnnkernels.ops._checks import Arguments, check_recurrent, differentiable
+from rnnkernels.ops._general import Options, check_options, run
+from rnnkernels.ops._sequence import (
+    differentiable_gradients,
+    kernels,
+    project_normalized,
+    recurrent_weight_gradient,
+)
 
 
 def gru(
@@ -16,8 +22,17 @@ def gru(
     bias_ih: Tensor | None = None,
     bias_hh: Tensor | None = None,
     *,
+    reset_after: bool = True,
     reverse: bool = False,
     lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    norm_ih: Tensor | None = None,
+    norm_hh: Tensor | None = None,
+    recurrent_dropout: float = 0.0,
+    zoneout: float = 0.0,
+    training: bool = True,
+    seed: int | Tensor | None = None,
+    grad_clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""The gated recurrent unit over a whole sequence: one layer, one direction.
 
@@ -27,11 +42,16 @@ def gru(
         n_t &= \tanh(W_{in} x_t + b_{in} + r_t \odot (W_{hn} h_{t-1} + b_{hn})) \\
         h_t &= (1 - z_t) \odot n_t + z_t \odot h_{t-1}
 
-    Differentiable in every tensor, from the gradients of both results; twice where ``create_graph=True``.
+    or, with ``reset_after=False``,
+
+    .. math:: n_t = \tanh(W_{in} x_t + b_{in} + W_{hn} (r_t \odot h_{t-1}) + b_{hn})
+
+    Differentiable in every tensor, from the gradients of both results; twice where ``create_graph=True``. Back ends,
+    precision and determinism as for :func:`rnnkernels.ops.rnn`.
 
     Parameters
     ----------
-    input, h_0, reverse, lengths
+    input, h_0, reverse, lengths, reset, recurrent_dropout, zoneout, training, seed
         As in :func:`rnnkernels.ops.rnn`.
     weight_ih : Tensor, shape (3 * hidden_size, input_size)
         $W_{ir}$, $W_{iz}$ and $W_{in}$, one below the other.
@@ -39,6 +59,15 @@ def gru(
         $W_{hr}$, $W_{hz}$ and $W_{hn}$.
     bias_ih, bias_hh : Tensor, shape (3 * hidden_size,), optional
         Left out where None.
+    reset_after : bool
+        Whether the reset gate acts after the product with $W_{hn}$, as in cuDNN and ``torch.nn.GRU``, or before it, as
+        first published. Default: True.
+    norm_ih, norm_hh : Tensor, shape (3 * hidden_size,), optional
+        Gains of layer normalizations of the products with ``weight_ih`` and ``weight_hh``: over the rows of r and z
+        together, and over those of n, before the biases are added [1]_.
+    grad_clip : float, optional
+        Bound on each element of the gradients of the arguments of $\sigma$ and $\tanh$, on their way back through time
+        (Graves, arXiv:1308.0850, section 2.1). Default: none.
 
     Returns
     -------
@@ -57,17 +86,46 @@ def gru(
     Cho et al., "Learning phrase representations using RNN encoder-decoder for statistical machine translation", EMNLP
     2014, section 2.3; with the reset gate after the product, as in ``torch.nn.GRU``.
 
+    .. [1] Ba, Kiros and Hinton, "Layer normalization", arXiv:1607.06450 (2016), supplementary material.
+
     Examples
     --------
     >>> output, h_n = gru(torch.randn(7, 2, 3), torch.zeros(2, 5), torch.randn(15, 3), torch.randn(15, 5))
     >>> output.shape, h_n.shape
     (torch.Size([7, 2, 5]), torch.Size([2, 5]))
     """
-    arguments = check_recurrent(input, {"h_0": h_0}, 3, weight_ih, weight_hh, bias_ih, bias_hh, lengths=lengths)
-    if arguments.backend == "eager" and lengths is None and not differentiable(arguments.tensors):
-        return _native_forward(*arguments.tensors, reverse=reverse)
-    output, h_n, _ = torch.ops.rnnkernels.gru(*arguments.tensors, arguments.lengths, reverse, arguments.backend)
+    options = check_options(
+        recurrent_dropout=recurrent_dropout, zoneout=zoneout, training=training, seed=seed, grad_clip=grad_clip
+    )
+    tensors = {"weight_ih": weight_ih, "weight_hh": weight_hh, "bias_ih": bias_ih, "bias_hh": bias_hh}
+    norms = {"norm_ih": norm_ih, "norm_hh": norm_hh}
+    arguments = check_recurrent(3, input=input, h_0=h_0, **tensors, **norms, lengths=lengths, reset=reset)
+    tensors = arguments.tensors
+    if options.needed or reset is not None or not reset_after or norm_ih is not None or norm_hh is not None:
+        return _with_options(arguments, options, reverse=reverse, reset_after=reset_after)
+    del tensors["norm_ih"], tensors["norm_hh"]
+    if arguments.backend == "eager" and lengths is None and not differentiable(tensors.values()):
+        return _native_forward(**tensors, reverse=reverse)
+    output, h_n, _ = torch.ops.rnnkernels.gru(*tensors.values(), arguments.lengths, reverse, arguments.backend)
     return output, h_n
+
+
+def _with_options(arguments: Arguments, options: Options, *, reverse: bool, reset_after: bool) -> tuple[Tensor, Tensor]:
+    tensors = arguments.tensors
+    hidden_size = tensors["weight_hh"].shape[1]
+    outer, inner = tensors["bias_hh"], None
+    if outer is not None and reset_after:
+        # The candidate's belongs inside the reset gate; the others can join the input's.
+        inner = outer[2 * hidden_size :]
+        outer = torch.cat([outer[: 2 * hidden_size], torch.zeros_like(inner)])
+    projected = project_normalized(
+        tensors["input"],
+        tensors["weight_ih"],
+        tensors["norm_ih"],
+        (2 * hidden_size, hidden_size),
+        (tensors["bias_ih"], outer),
+    )
+    return run("gru", projected, arguments, options, reverse=reverse, bias=inner, reset_after=reset_after)
 
 
 def _native_forward(

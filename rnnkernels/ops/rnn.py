@@ -5,10 +5,12 @@ from torch import Tensor
 
 from rnnkernels import reference
 from rnnkernels.ops._checks import check_choice, check_recurrent
+from rnnkernels.ops._general import check_options, run
 from rnnkernels.ops._sequence import (
     differentiable_gradients,
     kernels,
     project,
+    project_normalized,
     projection_gradients,
     recurrent_weight_gradient,
 )
@@ -27,6 +29,13 @@ def rnn(
     nonlinearity: str = "tanh",
     reverse: bool = False,
     lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    norm_hh: Tensor | None = None,
+    recurrent_dropout: float = 0.0,
+    zoneout: float = 0.0,
+    training: bool = True,
+    seed: int | Tensor | None = None,
+    grad_clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""The plain (Elman) RNN over a whole sequence: one layer, one direction.
 
@@ -55,6 +64,23 @@ def rnn(
         Steps of each sequence, 1 to ``sequence_length``, in any order. At ``t >= lengths[b]`` the state is carried over
         unchanged and the output is zero, so a reversed sequence starts at its own last step. On the CPU the values are
         checked; lengths that already lie on a GPU are not, since that would wait for it.
+    reset : Tensor of bool, shape (sequence_length, batch), optional
+        Where True, the state that the step starts from is zero: a new sequence begins there.
+    norm_hh : Tensor, shape (hidden_size,), optional
+        Gain of a layer normalization of $W_{ih} x_t + W_{hh} h_{t-1}$, before the biases are added [1]_.
+    recurrent_dropout : float
+        Probability of a unit of $h_{t-1}$ to be missing from the product with $W_{hh}$, the same units at every step of
+        a sequence; the others are scaled by the reciprocal of its complement [2]_. In training only. Default: 0.
+    zoneout : float
+        Probability of a unit to keep its old state at a step [3]_. Out of training, the expectation: the old state with
+        this weight, the new one with the rest. Default: 0.
+    training : bool
+        Whether masks are drawn. Default: True.
+    seed : int or Tensor, optional
+        Of the masks, a 64-bit integer (or an int64 scalar on the CPU). The same seed gives the same masks on every
+        device; the backward pass draws them again, so that none is stored. Default: drawn from PyTorch's generator.
+    grad_clip : float, optional
+        Bound on each element of the gradient of $f$'s argument, on its way back through time [4]_. Default: none.
 
     Returns
     -------
@@ -68,7 +94,7 @@ def rnn(
     TypeError
         If an argument is not a tensor, or not of the type of ``input``.
     ValueError
-        If a shape, a device, a length or ``nonlinearity`` does not fit.
+        If a shape, a device, a length, an option or ``nonlinearity`` does not fit.
     RuntimeError
         If ``use_backend("triton")`` holds and Triton can't run on these tensors.
 
@@ -76,6 +102,13 @@ def rnn(
     ----------
     Elman, "Finding structure in time", Cognitive Science 14 (1990), 179-211. The backward pass is backpropagation
     through time: Werbos, Proceedings of the IEEE 78 (1990), 1550-1560.
+
+    .. [1] Ba, Kiros and Hinton, "Layer normalization", arXiv:1607.06450 (2016), equation 4.
+    .. [2] Gal and Ghahramani, "A theoretically grounded application of dropout in recurrent neural networks", NeurIPS
+       2016, section 4.
+    .. [3] Krueger et al., "Zoneout: regularizing RNNs by randomly preserving hidden activations", ICLR 2017, section
+       3.2.
+    .. [4] Graves, "Generating sequences with recurrent neural networks", arXiv:1308.0850 (2013), section 2.1.
 
     Examples
     --------
@@ -89,9 +122,21 @@ def rnn(
     torch.Size([5, 5])
     """
     check_choice("nonlinearity", nonlinearity, NONLINEARITIES)
-    arguments = check_recurrent(input, {"h_0": h_0}, 1, weight_ih, weight_hh, bias_ih, bias_hh, lengths=lengths)
+    options = check_options(
+        recurrent_dropout=recurrent_dropout, zoneout=zoneout, training=training, seed=seed, grad_clip=grad_clip
+    )
+    weights = {"weight_ih": weight_ih, "weight_hh": weight_hh, "bias_ih": bias_ih, "bias_hh": bias_hh}
+    arguments = check_recurrent(1, input=input, h_0=h_0, **weights, norm_hh=norm_hh, lengths=lengths, reset=reset)
+    tensors = arguments.tensors
+    if options.needed or reset is not None or norm_hh is not None:
+        biases, inner = [bias for bias in (tensors["bias_ih"], tensors["bias_hh"]) if bias is not None], None
+        if norm_hh is not None and biases:  # they are added after the normalization
+            inner, biases = sum(biases[1:], biases[0]), []
+        projected = project_normalized(tensors["input"], tensors["weight_ih"], None, (), biases)
+        return run("rnn", projected, arguments, options, reverse=reverse, bias=inner, nonlinearity=nonlinearity)
+    del tensors["norm_hh"]
     return torch.ops.rnnkernels.rnn(
-        *arguments.tensors, arguments.lengths, nonlinearity=nonlinearity, reverse=reverse, backend=arguments.backend
+        *tensors.values(), arguments.lengths, nonlinearity=nonlinearity, reverse=reverse, backend=arguments.backend
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rnnkernels.kernels.eager.variable_length import descending, padding, running
 
-_ACTIVATE_ = {
+ACTIVATE_ = {
     "tanh": Tensor.tanh_,
     "relu": Tensor.relu_,
     "sigmoid": Tensor.sigmoid_,
@@ -17,7 +17,7 @@ _ACTIVATE_ = {
 }
 
 
-def _derivative(nonlinearity: str, output: Tensor) -> Tensor:
+def derivative(nonlinearity: str, output: Tensor) -> Tensor:
     """$f'(a_t)$ from $h_t = f(a_t)$, for all steps at once, in a new tensor."""
     if nonlinearity == "tanh":
         return torch.addcmul(output.new_ones(()), output, output, value=-1)
@@ -50,7 +50,7 @@ def forward(
 
 
 def _forward_full(output: Tensor, h_0: Tensor, weight_hh: Tensor, nonlinearity: str, reverse: bool) -> Tensor:
-    activate_ = _ACTIVATE_[nonlinearity]
+    activate_ = ACTIVATE_[nonlinearity]
     weight_hh_t = weight_hh.t()
     steps = output.unbind(0)
     hidden = h_0
@@ -63,7 +63,7 @@ def _forward_full(output: Tensor, h_0: Tensor, weight_hh: Tensor, nonlinearity: 
 def _forward_sorted(
     output: Tensor, h_0: Tensor, weight_hh: Tensor, lengths: Tensor, nonlinearity: str, reverse: bool
 ) -> Tensor:
-    activate_ = _ACTIVATE_[nonlinearity]
+    activate_ = ACTIVATE_[nonlinearity]
     weight_hh_t = weight_hh.t()
     sequence_length, batch = output.shape[:2]
     counts = running(lengths, sequence_length)
@@ -114,7 +114,7 @@ def backward(
 def _backward_full(
     grad_output: Tensor, grad_h_n: Tensor, output: Tensor, weight_hh: Tensor, nonlinearity: str, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    grad_projected = _derivative(nonlinearity, output)
+    grad_projected = derivative(nonlinearity, output)
     carried = grad_h_n.clone()
     outer, inner = grad_output.unbind(0), grad_projected.unbind(0)
     sequence_length = len(inner)
@@ -140,7 +140,7 @@ def _backward_sorted(
     sequence_length, batch = output.shape[:2]
     counts = running(lengths, sequence_length)
     rows = torch.arange(batch, device=output.device)
-    grad_projected = _derivative(nonlinearity, output).masked_fill_(padding(lengths, sequence_length), 0)
+    grad_projected = derivative(nonlinearity, output).masked_fill_(padding(lengths, sequence_length), 0)
     grad_output = grad_output.clone()
     last, first = (torch.zeros_like(lengths), lengths - 1) if reverse else (lengths - 1, torch.zeros_like(lengths))
     grad_output[last, rows] += grad_h_n

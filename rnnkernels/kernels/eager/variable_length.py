@@ -21,3 +21,15 @@ def descending(lengths: Tensor) -> Tensor | None:
     if bool((lengths[:-1] >= lengths[1:]).all()):
         return None
     return torch.argsort(lengths, descending=True, stable=True)
+
+
+def before(sequence: Tensor, initial: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor:
+    """The state before each step, from the states after it."""
+    if not reverse:
+        return torch.cat([initial.unsqueeze(0), sequence[:-1]])
+    earlier = torch.cat([sequence[1:], initial.unsqueeze(0)])
+    if lengths is not None:
+        # Where a shorter sequence begins, the state of the step after holds padding.
+        first = torch.arange(1, sequence.shape[0] + 1, device=lengths.device).unsqueeze(1) == lengths
+        earlier = torch.where(first.unsqueeze(-1), initial, earlier)
+    return earlier

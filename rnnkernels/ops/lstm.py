@@ -1,0 +1,356 @@
+"""The long short-term memory over a whole sequence."""
+
+import torch
+from torch import Tensor
+
+from rnnkernels import reference
+from rnnkernels.kernels.eager import onednn
+from rnnkernels.kernels.eager.variable_length import padding
+from rnnkernels.ops._checks import Arguments, check_recurrent
+from rnnkernels.ops._general import Options, check_options, run
+from rnnkernels.ops._sequence import (
+    differentiable_gradients,
+    kernels,
+    project,
+    project_normalized,
+    projection_gradients,
+    recurrent_weight_gradient,
+)
+
+_OF_OPTIONS = ("weight_hr", "weight_peephole", "norm_ih", "norm_hh", "norm_cell_weight", "norm_cell_bias")
+
+
+def lstm(
+    input: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    weight_hr: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    weight_peephole: Tensor | None = None,
+    norm_ih: Tensor | None = None,
+    norm_hh: Tensor | None = None,
+    norm_cell_weight: Tensor | None = None,
+    norm_cell_bias: Tensor | None = None,
+    recurrent_dropout: float = 0.0,
+    zoneout: float = 0.0,
+    zoneout_cell: float = 0.0,
+    training: bool = True,
+    seed: int | Tensor | None = None,
+    grad_clip: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The long short-term memory over a whole sequence: one layer, one direction.
+
+    .. math::
+        i_t &= \sigma(W_{ii} x_t + b_{ii} + W_{hi} h_{t-1} + b_{hi}) \\
+        f_t &= \sigma(W_{if} x_t + b_{if} + W_{hf} h_{t-1} + b_{hf}) \\
+        g_t &= \tanh(W_{ig} x_t + b_{ig} + W_{hg} h_{t-1} + b_{hg}) \\
+        o_t &= \sigma(W_{io} x_t + b_{io} + W_{ho} h_{t-1} + b_{ho}) \\
+        c_t &= f_t \odot c_{t-1} + i_t \odot g_t \\
+        h_t &= o_t \odot \tanh(c_t)
+
+    With ``weight_hr``, $h_t = W_{hr} (o_t \odot \tanh(c_t))$. With ``weight_peephole``, $p_i \odot c_{t-1}$,
+    $p_f \odot c_{t-1}$ and $p_o \odot c_t$ join the arguments of the gates i, f and o.
+
+    Differentiable in every tensor, from the gradients of all results; twice where ``create_graph=True``. Back ends and
+    determinism as for :func:`rnnkernels.ops.rnn`. The cell state is float32 or better from step to step.
+
+    Parameters
+    ----------
+    input, reverse, lengths, reset, recurrent_dropout, zoneout, training, seed
+        As in :func:`rnnkernels.ops.rnn`.
+    h_0 : Tensor, shape (batch, state_size)
+        ``state_size`` is that of the projection, or ``hidden_size`` without one.
+    c_0 : Tensor, shape (batch, hidden_size)
+        The states before the first step taken. Type and device as ``input``, here and below.
+    weight_ih : Tensor, shape (4 * hidden_size, input_size)
+        $W_{ii}$, $W_{if}$, $W_{ig}$ and $W_{io}$, one below the other.
+    weight_hh : Tensor, shape (4 * hidden_size, state_size)
+        $W_{hi}$, $W_{hf}$, $W_{hg}$ and $W_{ho}$.
+    bias_ih, bias_hh : Tensor, shape (4 * hidden_size,), optional
+        Left out where None.
+    weight_hr : Tensor, shape (state_size, hidden_size), optional
+        The projection of the state [1]_.
+    weight_peephole : Tensor, shape (3, hidden_size), optional
+        $p_i$, $p_f$ and $p_o$ [2]_.
+    norm_ih, norm_hh : Tensor, shape (4 * hidden_size,), optional
+        Gains of layer normalizations of the products with ``weight_ih`` and ``weight_hh``, over all gates together,
+        before the biases are added [3]_.
+    norm_cell_weight, norm_cell_bias : Tensor, shape (hidden_size,), optional
+        Gain and bias of a layer normalization of $c_t$ where it enters $h_t$ [3]_. Both or none.
+    zoneout_cell : float
+        As ``zoneout``, for the cell state. $h_t$ is made from the new cell state, before its zoneout [4]_. Default: 0.
+    grad_clip : float, optional
+        Bound on each element of the gradients of the gates' arguments, on their way back through time [5]_. Default:
+        none.
+
+    Returns
+    -------
+    output : Tensor, shape (sequence_length, batch, state_size)
+        $h_t$ for every step.
+    h_n : Tensor, shape (batch, state_size)
+    c_n : Tensor, shape (batch, hidden_size)
+        The states after the last step taken.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As :func:`rnnkernels.ops.rnn`.
+
+    References
+    ----------
+    Hochreiter and Schmidhuber, "Long short-term memory", Neural Computation 9 (1997), 1735-1780; forget gate: Gers,
+    Schmidhuber and Cummins, Neural Computation 12 (2000), 2451-2471.
+
+    .. [1] Sak, Senior and Beaufays, "Long short-term memory based recurrent neural network architectures for large
+       vocabulary speech recognition", arXiv:1402.1128 (2014).
+    .. [2] Gers, Schraudolph and Schmidhuber, "Learning precise timing with LSTM recurrent networks", JMLR 3 (2002),
+       115-143.
+    .. [3] Ba, Kiros and Hinton, "Layer normalization", arXiv:1607.06450 (2016), supplementary material.
+    .. [4] Krueger et al., "Zoneout: regularizing RNNs by randomly preserving hidden activations", ICLR 2017, section
+       3.2.
+    .. [5] Graves, "Generating sequences with recurrent neural networks", arXiv:1308.0850 (2013), section 2.1.
+
+    Examples
+    --------
+    >>> input, zeros = torch.randn(7, 2, 3), torch.zeros(2, 5)
+    >>> output, h_n, c_n = lstm(input, zeros, zeros, torch.randn(20, 3), torch.randn(20, 5), zoneout=0.1, seed=1)
+    >>> output.shape, h_n.shape, c_n.shape
+    (torch.Size([7, 2, 5]), torch.Size([2, 5]), torch.Size([2, 5]))
+    """
+    options = check_options(
+        recurrent_dropout=recurrent_dropout,
+        zoneout=zoneout,
+        zoneout_cell=zoneout_cell,
+        training=training,
+        seed=seed,
+        grad_clip=grad_clip,
+    )
+    if (norm_cell_weight is None) != (norm_cell_bias is None):
+        missing = "norm_cell_weight" if norm_cell_weight is None else "norm_cell_bias"
+        raise ValueError(f"{missing}: expected a Tensor, as norm_cell_weight and norm_cell_bias go together, got None")
+    arguments = check_recurrent(
+        4,
+        input=input,
+        h_0=h_0,
+        c_0=c_0,
+        weight_ih=weight_ih,
+        weight_hh=weight_hh,
+        bias_ih=bias_ih,
+        bias_hh=bias_hh,
+        weight_hr=weight_hr,
+        weight_peephole=weight_peephole,
+        norm_ih=norm_ih,
+        norm_hh=norm_hh,
+        norm_cell_weight=norm_cell_weight,
+        norm_cell_bias=norm_cell_bias,
+        lengths=lengths,
+        reset=reset,
+    )
+    tensors = arguments.tensors
+    if options.needed or reset is not None or any(tensors[name] is not None for name in _OF_OPTIONS):
+        return _with_options(arguments, options, reverse)
+    plain = [tensor for name, tensor in tensors.items() if name not in _OF_OPTIONS]
+    if arguments.backend == "eager" and onednn.available(tensors["input"], tensors["h_0"]):
+        return _native(*plain, arguments.lengths, reverse)
+    return torch.ops.rnnkernels.lstm(*plain, arguments.lengths, reverse, arguments.backend)[:3]
+
+
+def _with_options(arguments: Arguments, options: Options, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = arguments.tensors
+    weight_ih = tensors["weight_ih"]
+    projected = project_normalized(
+        tensors["input"],
+        weight_ih,
+        tensors["norm_ih"],
+        (weight_ih.shape[0],),
+        (tensors["bias_ih"], tensors["bias_hh"]),
+    )
+    return run("lstm", projected, arguments, options, reverse=reverse)
+
+
+class _OneDNN(torch.autograd.Function):
+    """The LSTM on oneDNN, once differentiable on it, and again by the reference."""
+
+    @staticmethod
+    def forward(ctx, input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, reverse):
+        tensors = [tensor.contiguous() for tensor in (input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)]
+        train = any(ctx.needs_input_grad)
+        results = onednn.forward(*tensors[:3], tensors[3:], reverse, train)
+        ctx.reverse = reverse
+        ctx.save_for_backward(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, *results)
+        return results[:3]
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_h_n, grad_c_n):
+        tensors, results = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        needs = ctx.needs_input_grad[:7]
+        cotangents = grad_output, grad_h_n, grad_c_n
+        if torch.is_grad_enabled():
+            again = reference.lstm(*tensors, reverse=ctx.reverse)
+            return *differentiable_gradients(again, tensors, needs, cotangents), None
+        tensors = [tensor.contiguous() for tensor in tensors]
+        gradients = onednn.backward(*cotangents, results, *tensors[:3], tensors[3:], ctx.reverse)
+        return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None
+
+
+def _native(
+    input: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    lengths: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The plain LSTM on oneDNN, with lengths or without."""
+    absent = None if bias_ih is not None and bias_hh is not None else weight_ih.new_zeros(weight_ih.shape[0])
+    biases = tuple(absent if bias is None else bias for bias in (bias_ih, bias_hh))
+    if lengths is None:
+        return _layer(input, h_0, c_0, weight_ih, weight_hh, *biases, reverse)
+    input, weight_ih = onednn.hold_in_padding(input, weight_ih, lengths)
+    order = None
+    if reverse:
+        # Every sequence starts at its own last step: read each backwards, within its length.
+        order = onednn.reversed_within(lengths, input.shape[0]).unsqueeze(-1)
+        input = input.gather(0, order.expand_as(input))
+    output, _, c_n = _layer(input, h_0, c_0, weight_ih, weight_hh, *biases, False)
+    h_n = output.gather(0, (lengths - 1).view(1, -1, 1).expand(1, *h_0.shape)).squeeze(0)
+    if order is not None:
+        output = output.gather(0, order.expand_as(output))
+    return output.masked_fill(padding(lengths, len(output)), 0), h_n, c_n
+
+
+def _layer(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, reverse):
+    if torch.compiler.is_compiling():  # the compiler knows PyTorch's operator; a second derivative it does not take
+        input = input.flip(0) if reverse else input
+        states = h_0.unsqueeze(0), c_0.unsqueeze(0)
+        weights = weight_ih, weight_hh, bias_ih, bias_hh
+        output, h_n, c_n = torch.lstm(input, states, weights, True, 1, 0.0, False, False, False)
+        return output.flip(0) if reverse else output, h_n.squeeze(0), c_n.squeeze(0)
+    return _OneDNN.apply(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, reverse)
+
+
+@torch.library.custom_op("rnnkernels::lstm", mutates_args=())
+def _lstm(
+    input: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    lengths: Tensor | None,
+    reverse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """States, final states, activated gates, and all cell states."""
+    gates = project(input, weight_ih, bias_ih, bias_hh)
+    with torch.cuda.device_of(input):
+        output, h_n, c_n, cells = kernels(backend, "lstm").forward(gates, h_0, c_0, weight_hh, lengths, reverse)
+    return output, h_n, c_n, gates, cells
+
+
+@_lstm.register_fake
+def _(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse, backend):
+    steps, batch, _ = input.shape
+    hidden_size = weight_hh.shape[1]
+    return (
+        input.new_empty(steps, batch, hidden_size),
+        input.new_empty(batch, hidden_size),
+        input.new_empty(batch, hidden_size),
+        input.new_empty(steps, batch, 4 * hidden_size),
+        input.new_empty(steps, batch, hidden_size, dtype=torch.promote_types(input.dtype, torch.float32)),
+    )
+
+
+@torch.library.custom_op("rnnkernels::lstm_backward", mutates_args=())
+def _lstm_backward(
+    grad_output: Tensor,
+    grad_h_n: Tensor,
+    grad_c_n: Tensor,
+    output: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    input: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    lengths: Tensor | None,
+    reverse: bool,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of input, both states, both weights and a bias; empty where ``needs`` says that nobody asks."""
+    with torch.cuda.device_of(input):
+        grad_gates, grad_h_0, grad_c_0 = kernels(backend, "lstm").backward(
+            grad_output, grad_h_n, grad_c_n, output, gates, cells, h_0, c_0, weight_hh, lengths, reverse
+        )
+    needs_input, needs_weight_ih, needs_weight_hh, needs_bias = needs
+    grad_input, grad_weight_ih, grad_bias = projection_gradients(
+        grad_gates, input, weight_ih, (needs_input, needs_weight_ih, needs_bias)
+    )
+    grad_weight_hh = (
+        recurrent_weight_gradient(grad_gates, output, h_0, lengths, reverse)
+        if needs_weight_hh
+        else weight_hh.new_empty(0)
+    )
+    return grad_input, grad_h_0, grad_c_0, grad_weight_ih, grad_weight_hh, grad_bias
+
+
+@_lstm_backward.register_fake
+def _(grad_output, grad_h_n, grad_c_n, output, gates, cells, input, h_0, c_0, weight_ih, weight_hh, *options, **named):
+    needs = named["needs"] if "needs" in named else options[-1]
+    needs_input, needs_weight_ih, needs_weight_hh, needs_bias = needs
+    shapes = (input.shape, h_0.shape, c_0.shape, weight_ih.shape, weight_hh.shape, weight_hh.shape[:1])
+    wanted = (needs_input, True, True, needs_weight_ih, needs_weight_hh, needs_bias)
+    return tuple(input.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, reverse, backend = inputs
+    states, _, _, gates, cells = output
+    ctx.mark_non_differentiable(gates, cells)
+    ctx.save_for_backward(*tensors, states, gates, cells)
+    ctx.options = {"reverse": reverse, "backend": backend}
+
+
+def _backward(ctx, grad_output, grad_h_n, grad_c_n, *_):
+    *tensors, lengths, output, gates, cells = ctx.saved_tensors
+    input, h_0, c_0, weight_ih, weight_hh, _, _ = tensors
+    needs = list(ctx.needs_input_grad[:7])
+    if torch.is_grad_enabled():
+        results = reference.lstm(*tensors, reverse=ctx.options["reverse"], lengths=lengths)
+        gradients = differentiable_gradients(results, tensors, needs, (grad_output, grad_h_n, grad_c_n))
+        return *gradients, None, None, None
+    *gradients, grad_bias = torch.ops.rnnkernels.lstm_backward(
+        grad_output,
+        grad_h_n,
+        grad_c_n,
+        output,
+        gates,
+        cells,
+        input,
+        h_0,
+        c_0,
+        weight_ih,
+        weight_hh,
+        lengths,
+        needs=[needs[0], needs[3], needs[4], needs[5] or needs[6]],
+        **ctx.options,
+    )
+    # Two parameters must not share the memory of their gradients.
+    gradients += [grad_bias, grad_bias.clone() if needs[5] and needs[6] else grad_bias]
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None
+
+
+_lstm.register_autograd(_backward, setup_context=_setup_context)
