@@ -2,15 +2,16 @@
 
 import importlib
 
-from rnnkernels import nn, ops, reference
+from rnnkernels import clip, nn, ops, reference
 from rnnkernels._backend import use_backend
+from rnnkernels.clip import *  # noqa: F403
 from rnnkernels.nn import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-_LAZY = ("data", "diagnostics", "init")
+_LAZY = ("data", "diagnostics", "init", "optim", "training")
 
-__all__ = [*nn.__all__, *_LAZY, "nn", "ops", "reference", "use_backend"]
+__all__ = [*clip.__all__, *nn.__all__, *_LAZY, "nn", "ops", "reference", "use_backend"]
 
 
 def __getattr__(name: str):
