@@ -1,6 +1,17 @@
 """Modules with parameters."""
 
+from rnnkernels.nn.cells import GRUCell, LSTMCell, RNNCell
 from rnnkernels.nn.outputs import ConditionedOutput, ContextOutput, SkipOutput
-from rnnkernels.nn.rnn import GRU, RNN, GRUCell, RNNCell
+from rnnkernels.nn.rnn import GRU, LSTM, RNN
 
-__all__ = ["GRU", "RNN", "ConditionedOutput", "ContextOutput", "GRUCell", "RNNCell", "SkipOutput"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "ConditionedOutput",
+    "ContextOutput",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "SkipOutput",
+]

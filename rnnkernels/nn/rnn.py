@@ -1,24 +1,100 @@
 """Recurrent modules that stand where ``torch.nn``'s stood."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from rnnkernels import ops, reference
+from rnnkernels import ops
 from rnnkernels._backend import autocast_dtype
-from rnnkernels.ops._checks import check_choice
+from rnnkernels.ops._checks import check_choice, check_grad_clip, check_probability, check_reset
+
+State = Tensor | tuple[Tensor, Tensor]
 
 
 class Recurrent(torch.nn.RNNBase):
-    """What the recurrent modules share: layers, directions, batches in all their forms. Not for direct use."""
+    """What the recurrent modules share: layers, directions, options, batches in all forms. Not for direct use."""
+
+    state_names: tuple[str, ...] = ("hx",)
+    """Arguments of the operator that hold initial states, as error messages name them."""
+
+    def __init__(
+        self,
+        *args,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        layer_norm: bool = False,
+        weight_dropout: float = 0.0,
+        grad_clip: float | None = None,
+        **kwargs,
+    ) -> None:
+        self.recurrent_dropout = check_probability("recurrent_dropout", recurrent_dropout)
+        self.zoneout = check_probability("zoneout", zoneout)
+        self.weight_dropout = check_probability("weight_dropout", weight_dropout)
+        check_grad_clip(grad_clip)
+        self.grad_clip = grad_clip
+        self.layer_norm = layer_norm
+        super().__init__(*args, **kwargs)
+        like = {"device": self.weight_ih_l0.device, "dtype": self.weight_ih_l0.dtype}
+        rows = self.weight_ih_l0.shape[0]
+        for layer in range(self.num_layers):
+            for suffix in self._suffixes():
+                for name, shape in self._added_parameters(rows).items():
+                    parameter = torch.nn.Parameter(torch.empty(shape, **like))
+                    self.register_parameter(f"{name}_l{layer}{suffix}", parameter)
+                    self._reset_added(name, parameter)
+
+    def _suffixes(self) -> tuple[str, ...]:
+        return ("", "_reverse") if self.bidirectional else ("",)
+
+    def _added_parameters(self, rows: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the parameters of a layer that options add; the weights have so many ``rows``."""
+        return {"norm_hh": (rows,)} if self.layer_norm else {}
+
+    def _reset_added(self, name: str, parameter: torch.nn.Parameter) -> None:
+        if name.startswith("norm"):
+            torch.nn.init.zeros_(parameter) if name.endswith("bias") else torch.nn.init.ones_(parameter)
+        else:
+            bound = self.hidden_size**-0.5
+            torch.nn.init.uniform_(parameter, -bound, bound)
+
+    def reset_parameters(self) -> None:
+        """Initialize all parameters anew: weights and biases as ``torch.nn`` does, gains to one."""
+        super().reset_parameters()
+        for name, parameter in self.named_parameters():
+            if name.startswith("norm"):
+                self._reset_added(name.rsplit("_l", 1)[0], parameter)
 
     def flatten_parameters(self) -> None:
         """Do nothing: the kernels read the weights where they are. There for compatibility with ``torch.nn.RNN``."""
 
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of the arguments."""
+        given = [
+            f"{name}={getattr(self, name)!r}"
+            for name, default in self._options.items()
+            if getattr(self, name) != default
+        ]
+        return ", ".join([super().extra_repr(), *given])
+
+    _options: ClassVar[dict[str, object]] = {
+        "recurrent_dropout": 0.0,
+        "zoneout": 0.0,
+        "layer_norm": False,
+        "weight_dropout": 0.0,
+        "grad_clip": None,
+    }
+    """Arguments that ``torch.nn`` does not have, and their defaults."""
+
     def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, State]:
         """Run the network over a sequence.
 
         Parameters
@@ -26,58 +102,97 @@ class Recurrent(torch.nn.RNNBase):
         input : Tensor or PackedSequence
             Shape (sequence_length, batch, input_size); (batch, sequence_length, input_size) with ``batch_first``;
             (sequence_length, input_size) unbatched; or a packed sequence, sorted or not.
-        hx : Tensor, shape (num_directions * num_layers, batch, hidden_size), optional
-            Initial states; without the batch dimension where ``input`` has none. Default: zeros.
+        hx : Tensor, shape (num_directions * num_layers, batch, hidden_size), or a pair of them, optional
+            Initial states; without the batch dimension where ``input`` has none. The LSTM takes (h_0, c_0), where h_0
+            has ``proj_size`` features if there is a projection. Default: zeros.
+        lengths : Tensor of int64, shape (batch,), optional
+            Steps of each sequence of a padded batch, in any order: what ``pack_padded_sequence`` is for, without
+            packing. The output is zero in the padding, and h_n holds each sequence's own last state. Default: all.
+        reset : Tensor of bool, shape (sequence_length, batch), optional
+            True at the first step of a new sequence within a row: no state crosses to it, in either direction. Laid out
+            like ``input``: (batch, sequence_length) with ``batch_first``, (sequence_length,) unbatched.
 
         Returns
         -------
         output : Tensor or PackedSequence
             As ``input``, with num_directions * hidden_size features: the states of the last layer at each step.
-        h_n : Tensor
-            As ``hx``: the final state of each layer and direction.
+        h_n : Tensor, or a pair of them
+            As ``hx``: the final states of each layer and direction.
 
         Raises
         ------
         TypeError
             If ``input`` is neither a tensor nor a packed sequence.
         ValueError
-            If ``input`` has the wrong number of dimensions or a type other than the weights'.
+            If ``input`` has the wrong number of dimensions or a type other than the weights', or if ``lengths`` or
+            ``reset`` do not fit or can't be combined with this form of input.
         RuntimeError
             If another size does not fit, or the sequence is empty.
         """
         if isinstance(input, PackedSequence):
+            for name, value in (("lengths", lengths), ("reset", reset)):
+                if value is not None:
+                    raise ValueError(f"{name}: expected None with a PackedSequence, got {type(value).__name__}")
             return self._forward_packed(input, hx)
         if not isinstance(input, Tensor):
             raise TypeError(f"input: expected a Tensor or a PackedSequence, got {type(input).__name__}")
         if input.dim() not in (2, 3):
             raise ValueError(f"input: expected 2 or 3 dimensions, got shape {tuple(input.shape)}")
-        if hx is not None and (not isinstance(hx, Tensor) or hx.dim() != input.dim()):
-            came = f"shape {tuple(hx.shape)}" if isinstance(hx, Tensor) else type(hx).__name__
-            raise RuntimeError(f"hx: expected a Tensor of {input.dim()} dimensions, as input has, got {came}")
+        states = self._states(hx, input.dim())
         batched = input.dim() == 3
         if not batched:
+            if lengths is not None:
+                raise ValueError("lengths: expected None with an input without batch, got a value")
             input = input.unsqueeze(1)
-            hx = hx if hx is None else hx.unsqueeze(1)
+            states = None if states is None else tuple(state.unsqueeze(1) for state in states)
+            reset = reset.unsqueeze(-1) if isinstance(reset, Tensor) else reset
         elif self.batch_first:
             input = input.transpose(0, 1)
-        output, h_n = self._run(input, hx)
+            reset = reset.transpose(0, 1) if isinstance(reset, Tensor) and reset.dim() == 2 else reset
+        output, final = self._run(input, states, lengths, reset)
         if not batched:
-            return output.squeeze(1), h_n.squeeze(1)
-        return output.transpose(0, 1) if self.batch_first else output, h_n
+            output, final = output.squeeze(1), tuple(state.squeeze(1) for state in final)
+        elif self.batch_first:
+            output = output.transpose(0, 1)
+        return output, self._returned(final)
 
-    def _forward_packed(self, input: PackedSequence, hx: Tensor | None) -> tuple[PackedSequence, Tensor]:
+    def _states(self, hx: State | None, dimensions: int) -> tuple[Tensor, ...] | None:
+        """The initial states as a tuple, each checked to be a tensor of so many dimensions."""
+        if hx is None:
+            return None
+        names = self.state_names
+        if len(names) == 1:
+            states = (hx,)
+        elif isinstance(hx, (tuple, list)) and len(hx) == len(names):
+            states = tuple(hx)
+        else:
+            raise RuntimeError(f"hx: expected a pair of Tensors ({', '.join(names)}), got {type(hx).__name__}")
+        for name, state in zip(names, states, strict=True):
+            if not isinstance(state, Tensor) or state.dim() != dimensions:
+                came = f"shape {tuple(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
+                raise RuntimeError(f"{name}: expected a Tensor of {dimensions} dimensions, as input has, got {came}")
+        return states
+
+    def _returned(self, final: tuple[Tensor, ...]) -> State:
+        return final[0] if len(final) == 1 else final
+
+    def _forward_packed(self, input: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
         padded, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
-        if hx is not None:
-            hx = self.permute_hidden(hx, sorted_indices)
-        output, h_n = self._run(padded, hx, lengths)
+        states = self._states(hx, 3)
+        if states is not None and sorted_indices is not None:
+            states = tuple(state.index_select(1, sorted_indices) for state in states)
+        output, final = self._run(padded, states, lengths, None)
         output = pack_padded_sequence(output, lengths).data
-        return (
-            PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices),
-            self.permute_hidden(h_n, unsorted_indices),
-        )
+        if unsorted_indices is not None:
+            final = tuple(state.index_select(1, unsorted_indices) for state in final)
+        return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), self._returned(final)
 
-    def _check(self, input: Tensor, hx: Tensor | None) -> None:
+    def _state_sizes(self) -> tuple[int, ...]:
+        """Features of each state."""
+        return (self.hidden_size,)
+
+    def _check(self, input: Tensor, states: tuple[Tensor, ...] | None, reset: Tensor | None) -> None:
         weight = self.weight_ih_l0
         autocast = autocast_dtype(input.device) is not None
         if input.shape[2] != self.input_size:
@@ -88,42 +203,98 @@ class Recurrent(torch.nn.RNNBase):
             raise ValueError(f"input: expected dtype {weight.dtype}, as the weights have, got {input.dtype}")
         if input.device != weight.device:
             raise RuntimeError(f"input: expected device {weight.device}, where the weights are, got {input.device}")
-        if hx is None:
-            return
-        expected = (self.num_layers * (2 if self.bidirectional else 1), input.shape[1], self.hidden_size)
-        if tuple(hx.shape) != expected:
-            raise RuntimeError(f"hx: expected shape {expected}, got {tuple(hx.shape)}")
-        if hx.dtype != input.dtype and not autocast:
-            raise RuntimeError(f"hx: expected dtype {input.dtype}, as input has, got {hx.dtype}")
-        if hx.device != input.device:
-            raise RuntimeError(f"hx: expected device {input.device}, where input is, got {hx.device}")
+        if reset is not None:
+            check_reset(reset, *input.shape[:2], input.device)
+        for name, state, size in zip(self.state_names, states or (), self._state_sizes(), strict=False):
+            expected = (self.num_layers * len(self._suffixes()), input.shape[1], size)
+            if tuple(state.shape) != expected:
+                raise RuntimeError(f"{name}: expected shape {expected}, got {tuple(state.shape)}")
+            if state.dtype != input.dtype and not autocast:
+                raise RuntimeError(f"{name}: expected dtype {input.dtype}, as input has, got {state.dtype}")
+            if state.device != input.device:
+                raise RuntimeError(f"{name}: expected device {input.device}, where input is, got {state.device}")
 
-    def _run(self, input: Tensor, hx: Tensor | None, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self._check(input, hx)
-        suffixes = ("", "_reverse") if self.bidirectional else ("",)
-        if hx is None:
-            hx = input.new_zeros(self.num_layers * len(suffixes), input.shape[1], self.hidden_size)
-        initial = iter(hx.unbind(0))
+    def _run(
+        self,
+        input: Tensor,
+        states: tuple[Tensor, ...] | None,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Run all layers over a batch laid out as (sequence, batch, feature)."""
+        self._check(input, states, reset)
+        suffixes = self._suffixes()
+        if states is None:
+            count = self.num_layers * len(suffixes)
+            states = tuple(input.new_zeros(count, input.shape[1], size) for size in self._state_sizes())
+        seeds = _Seeds() if self.training and self._draws() else None
+        initial = zip(*(state.unbind(0) for state in states), strict=True)
         final = []
         output = input
         for layer in range(self.num_layers):
             directions = []
             for suffix in suffixes:
-                names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if self.bias else [])]
-                weights = [getattr(self, f"{name}_l{layer}{suffix}") for name in names]
-                states, last = self._sequence(
-                    output, next(initial), *weights, reverse=suffix == "_reverse", lengths=lengths
+                reverse = suffix == "_reverse"
+                weights = self._weights(f"l{layer}{suffix}", seeds)
+                sequence, *last = self._sequence(
+                    output,
+                    *next(initial),
+                    **weights,
+                    **self._operator_options(),
+                    reverse=reverse,
+                    lengths=lengths,
+                    reset=_seen_from_behind(reset) if reverse and reset is not None else reset,
+                    recurrent_dropout=self.recurrent_dropout,
+                    zoneout=self.zoneout,
+                    grad_clip=self.grad_clip,
+                    training=self.training,
+                    seed=None if seeds is None else seeds.next(),
                 )
-                directions.append(states)
+                directions.append(sequence)
                 final.append(last)
-            output = torch.cat(directions, dim=-1) if self.bidirectional else directions[0]
-            if self.dropout and layer < self.num_layers - 1:
-                output = functional.dropout(output, self.dropout, self.training)
-        return output, torch.stack(final)
+            output = torch.cat(directions, dim=-1) if len(directions) > 1 else directions[0]
+            if self.dropout and self.training and layer < self.num_layers - 1:
+                output = ops.dropout(output, self.dropout, seed=seeds.next())
+        return output, tuple(torch.stack(kind) for kind in zip(*final, strict=True))
 
-    def _sequence(self, input: Tensor, state: Tensor, *weights: Tensor, **options) -> tuple[Tensor, Tensor]:
+    def _draws(self) -> bool:
+        """Whether a pass in training draws random masks."""
+        between = self.dropout if self.num_layers > 1 else 0
+        return bool(between or self.recurrent_dropout or self.zoneout or self.weight_dropout)
+
+    def _weights(self, which: str, seeds: "_Seeds | None") -> dict[str, Tensor]:
+        """The parameters of a layer and direction, by the operator's names."""
+        names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if self.bias else [])]
+        names += ["weight_hr"] if self.proj_size else []
+        names += self._added_parameters(1)
+        weights = {name: getattr(self, f"{name}_{which}") for name in names}
+        if self.weight_dropout and self.training:
+            weights["weight_hh"] = ops.dropout(weights["weight_hh"], self.weight_dropout, seed=seeds.next())
+        return weights
+
+    def _operator_options(self) -> dict[str, object]:
+        """What only this cell's operator takes."""
+        return {}
+
+    def _sequence(self, input: Tensor, *states: Tensor, **options) -> tuple[Tensor, ...]:
         """Run one layer in one direction."""
         raise NotImplementedError
+
+
+class _Seeds:
+    """One draw from PyTorch's generator, and as many seeds from it as masks are needed."""
+
+    def __init__(self) -> None:
+        self.last = torch.randint(2**62, ())
+
+    def next(self) -> Tensor:
+        self.last = self.last + 1
+        return self.last
+
+
+def _seen_from_behind(reset: Tensor) -> Tensor:
+    """Where a reversed pass must forget: at the last step of a sequence, the one before the next one's first."""
+    return torch.cat([reset[1:], torch.zeros_like(reset[:1])])
 
 
 class RNN(Recurrent):
@@ -132,8 +303,9 @@ class RNN(Recurrent):
     .. math:: h_t = f(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
 
     Parameters, their names and default initialization, ``state_dict`` and results are those of ``torch.nn.RNN``:
-    checkpoints move both ways. ``nonlinearity`` takes two more values. The layers run on
-    :func:`rnnkernels.ops.rnn`: Triton kernels on a GPU, PyTorch on a CPU (see :func:`rnnkernels.use_backend`).
+    checkpoints move both ways. ``nonlinearity`` takes two more values, and the arguments after ``dtype`` are new. The
+    layers run on :func:`rnnkernels.ops.rnn`: Triton kernels on a GPU, PyTorch on a CPU (see
+    :func:`rnnkernels.use_backend`).
 
     Parameters
     ----------
@@ -146,7 +318,7 @@ class RNN(Recurrent):
     nonlinearity : {"tanh", "relu", "sigmoid", "identity"}
         $f$. Default: ``"tanh"``.
     bias : bool
-        Whether there are $b_{ih}$ and $b_{hh}$. Default: True.
+        Whether there are biases. Default: True.
     batch_first : bool
         Input and output as (batch, sequence, feature) rather than (sequence, batch, feature). States are not concerned.
         Default: False.
@@ -156,25 +328,43 @@ class RNN(Recurrent):
         Whether each layer also runs from the last step to the first. Default: False.
     device, dtype
         Where and in which type to make the parameters.
+    recurrent_dropout : float
+        Probability of a unit of $h_{t-1}$ to be missing from the recurrent products, the same units at every step of a
+        sequence. In training only. Default: 0.
+    zoneout : float
+        Probability of a unit to keep its old state at a step; out of training, the expectation. Default: 0.
+    layer_norm : bool
+        Whether to normalize $f$'s argument before the biases, with learned gains ``norm_hh_l{k}``. Default: False.
+    weight_dropout : float
+        Probability of zeroing a weight of $W_{hh}$ (DropConnect), one mask for a whole forward pass. In training only.
+        Default: 0.
+    grad_clip : float, optional
+        Bound on each element of the gradients of the activations' arguments, on their way back through time. Default:
+        none.
 
     Raises
     ------
     TypeError, ValueError
-        Where ``torch.nn.RNN`` raises them.
+        Where ``torch.nn.RNN`` raises them, and for an option that is out of range.
 
     Notes
     -----
-    With ``dropout``, the law of the masks is torch's, but not the random stream for packed sequences.
+    All random masks, dropout's between the layers too, come from one draw of PyTorch's CPU generator at each forward
+    pass in training: ``torch.manual_seed`` fixes them, and they are the same on every device.
 
     References
     ----------
     Elman, "Finding structure in time", Cognitive Science 14 (1990), 179-211. Bidirectional: Schuster and Paliwal, IEEE
     Transactions on Signal Processing 45 (1997), 2673-2681.
 
+    Recurrent dropout: Gal and Ghahramani, NeurIPS 2016. Zoneout: Krueger et al., ICLR 2017. Layer normalization: Ba,
+    Kiros and Hinton, arXiv:1607.06450 (2016). DropConnect: Wan et al., ICML 2013; on $W_{hh}$: Merity, Keskar and
+    Socher, ICLR 2018. Clipping: Graves, arXiv:1308.0850 (2013), section 2.1.
+
     Examples
     --------
     >>> rnn = RNN(10, 20, num_layers=2)
-    >>> output, h_n = rnn(torch.randn(5, 3, 10))
+    >>> output, h_n = rnn(torch.randn(5, 3, 10), lengths=torch.tensor([5, 2, 4]))
     >>> output.shape, h_n.shape
     (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
     >>> rnn.load_state_dict(torch.nn.RNN(10, 20, num_layers=2).state_dict())
@@ -193,6 +383,12 @@ class RNN(Recurrent):
         bidirectional: bool = False,
         device=None,
         dtype=None,
+        *,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        layer_norm: bool = False,
+        weight_dropout: float = 0.0,
+        grad_clip: float | None = None,
     ) -> None:
         check_choice("nonlinearity", nonlinearity, ops.NONLINEARITIES)
         self.nonlinearity = nonlinearity
@@ -209,15 +405,20 @@ class RNN(Recurrent):
             bidirectional,
             device=device,
             dtype=dtype,
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
+            layer_norm=layer_norm,
+            weight_dropout=weight_dropout,
+            grad_clip=grad_clip,
         )
 
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of the arguments."""
-        shown = super().extra_repr()
-        return shown if self.nonlinearity == "tanh" else f"{shown}, nonlinearity={self.nonlinearity!r}"
+    _options: ClassVar[dict[str, object]] = {"nonlinearity": "tanh", **Recurrent._options}
 
-    def _sequence(self, input: Tensor, state: Tensor, *weights: Tensor, **options) -> tuple[Tensor, Tensor]:
-        return ops.rnn(input, state, *weights, nonlinearity=self.nonlinearity, **options)
+    def _operator_options(self) -> dict[str, object]:
+        return {"nonlinearity": self.nonlinearity}
+
+    def _sequence(self, input: Tensor, *states: Tensor, **options) -> tuple[Tensor, ...]:
+        return ops.rnn(input, *states, **options)
 
 
 class GRU(Recurrent):
@@ -230,7 +431,7 @@ class GRU(Recurrent):
         h_t &= (1 - z_t) \odot n_t + z_t \odot h_{t-1}
 
     Parameters, their names and default initialization, ``state_dict`` and results are those of ``torch.nn.GRU``:
-    checkpoints move both ways. The layers run on :func:`rnnkernels.ops.gru`.
+    checkpoints move both ways. The arguments after ``dtype`` are new. The layers run on :func:`rnnkernels.ops.gru`.
 
     Parameters
     ----------
@@ -251,16 +452,42 @@ class GRU(Recurrent):
         Whether each layer also runs from the last step to the first. Default: False.
     device, dtype
         Where and in which type to make the parameters.
+    reset_after : bool
+        Whether the reset gate acts after the product with $W_{hn}$, as in ``torch.nn.GRU``, or before it, as first
+        published: $n_t = \tanh(W_{in} x_t + b_{in} + W_{hn} (r_t \odot h_{t-1}) + b_{hn})$. Default: True.
+    recurrent_dropout : float
+        Probability of a unit of $h_{t-1}$ to be missing from the recurrent products, the same units at every step of a
+        sequence. In training only. Default: 0.
+    zoneout : float
+        Probability of a unit to keep its old state at a step; out of training, the expectation. Default: 0.
+    layer_norm : bool
+        Whether to normalize the products with $W_{ih}$ and $W_{hh}$, with learned gains
+        ``norm_ih_l{k}`` and ``norm_hh_l{k}``. Default: False.
+    weight_dropout : float
+        Probability of zeroing a weight of $W_{hh}$ (DropConnect), one mask for a whole forward pass. In training only.
+        Default: 0.
+    grad_clip : float, optional
+        Bound on each element of the gradients of the activations' arguments, on their way back through time. Default:
+        none.
 
     Raises
     ------
     TypeError, ValueError
-        Where ``torch.nn.GRU`` raises them.
+        Where ``torch.nn.GRU`` raises them, and for an option that is out of range.
+
+    Notes
+    -----
+    All random masks, dropout's between the layers too, come from one draw of PyTorch's CPU generator at each forward
+    pass in training: ``torch.manual_seed`` fixes them, and they are the same on every device.
 
     References
     ----------
     Cho et al., "Learning phrase representations using RNN encoder-decoder for statistical machine translation", EMNLP
     2014, section 2.3; with the reset gate after the product, as in ``torch.nn.GRU``.
+
+    Recurrent dropout: Gal and Ghahramani, NeurIPS 2016. Zoneout: Krueger et al., ICLR 2017. Layer normalization: Ba,
+    Kiros and Hinton, arXiv:1607.06450 (2016). DropConnect: Wan et al., ICML 2013; on $W_{hh}$: Merity, Keskar and
+    Socher, ICLR 2018. Clipping: Graves, arXiv:1308.0850 (2013), section 2.1.
 
     Examples
     --------
@@ -283,7 +510,15 @@ class GRU(Recurrent):
         bidirectional: bool = False,
         device=None,
         dtype=None,
+        *,
+        reset_after: bool = True,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        layer_norm: bool = False,
+        weight_dropout: float = 0.0,
+        grad_clip: float | None = None,
     ) -> None:
+        self.reset_after = reset_after
         super().__init__(
             "GRU",
             input_size,
@@ -295,153 +530,172 @@ class GRU(Recurrent):
             bidirectional,
             device=device,
             dtype=dtype,
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
+            layer_norm=layer_norm,
+            weight_dropout=weight_dropout,
+            grad_clip=grad_clip,
         )
 
-    def _sequence(self, input: Tensor, state: Tensor, *weights: Tensor, **options) -> tuple[Tensor, Tensor]:
-        return ops.gru(input, state, *weights, **options)
+    _options: ClassVar[dict[str, object]] = {"reset_after": True, **Recurrent._options}
+
+    def _added_parameters(self, rows: int) -> dict[str, tuple[int, ...]]:
+        return {"norm_ih": (rows,), "norm_hh": (rows,)} if self.layer_norm else {}
+
+    def _operator_options(self) -> dict[str, object]:
+        return {"reset_after": self.reset_after}
+
+    def _sequence(self, input: Tensor, *states: Tensor, **options) -> tuple[Tensor, ...]:
+        return ops.gru(input, *states, **options)
 
 
-def check_cell(input: Tensor, hx: Tensor | None) -> None:
-    """Check what every cell takes, as far as ``torch.nn``'s own checks do not name the argument."""
-    for name, value in (("input", input), ("hx", hx)):
-        if value is None and name == "hx":
-            continue
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
-        if value.dim() not in (1, 2):
-            raise ValueError(f"{name}: expected 1 or 2 dimensions, got shape {tuple(value.shape)}")
+class LSTM(Recurrent):
+    r"""Long short-term memory of one or more layers, in one or both directions: a drop-in for :class:`torch.nn.LSTM`.
 
+    .. math::
+        i_t &= \sigma(W_{ii} x_t + b_{ii} + W_{hi} h_{t-1} + b_{hi}) \\
+        f_t &= \sigma(W_{if} x_t + b_{if} + W_{hf} h_{t-1} + b_{hf}) \\
+        g_t &= \tanh(W_{ig} x_t + b_{ig} + W_{hg} h_{t-1} + b_{hg}) \\
+        o_t &= \sigma(W_{io} x_t + b_{io} + W_{ho} h_{t-1} + b_{ho}) \\
+        c_t &= f_t \odot c_{t-1} + i_t \odot g_t \\
+        h_t &= o_t \odot \tanh(c_t)
 
-class RNNCell(torch.nn.RNNCell):
-    r"""One step of the plain (Elman) RNN: a drop-in for :class:`torch.nn.RNNCell`.
-
-    .. math:: h' = f(W_{ih} x + b_{ih} + W_{hh} h + b_{hh})
+    Parameters, their names and default initialization, ``state_dict`` and results are those of ``torch.nn.LSTM``:
+    checkpoints move both ways. The arguments after ``dtype`` are new. The layers run on :func:`rnnkernels.ops.lstm`.
 
     Parameters
     ----------
     input_size : int
-        Features of $x$.
+        Features of $x_t$.
     hidden_size : int
-        Features of $h$.
+        Features of $c_t$, and of $h_t$ where there is no projection.
+    num_layers : int
+        Layers, each reading the outputs of the one below. Default: 1.
     bias : bool
-        Whether there are $b_{ih}$ and $b_{hh}$. Default: True.
-    nonlinearity : {"tanh", "relu", "sigmoid", "identity"}
-        $f$. Default: ``"tanh"``.
+        Whether there are biases. Default: True.
+    batch_first : bool
+        Input and output as (batch, sequence, feature) rather than (sequence, batch, feature). States are not concerned.
+        Default: False.
+    dropout : float
+        Probability of zeroing an output of each layer but the last, in training. Default: 0.
+    bidirectional : bool
+        Whether each layer also runs from the last step to the first. Default: False.
+    proj_size : int
+        Features of $h_t = W_{hr} (o_t \odot \tanh(c_t))$; 0: no projection. Default: 0.
     device, dtype
         Where and in which type to make the parameters.
+    peephole : bool
+        Whether the gates see the cell state: $p_i \odot c_{t-1}$, $p_f \odot c_{t-1}$ and $p_o \odot c_t$ join their
+        arguments, with learned ``weight_peephole_l{k}`` of shape (3, hidden_size). Default: False.
+    recurrent_dropout : float
+        Probability of a unit of $h_{t-1}$ to be missing from the recurrent products, the same units at every step of a
+        sequence. In training only. Default: 0.
+    zoneout : float
+        Probability of a unit to keep its old state at a step; out of training, the expectation. Default: 0.
+    zoneout_cell : float
+        The same for the cell state. Default: 0.
+    layer_norm : bool
+        Whether to normalize the products with $W_{ih}$ and $W_{hh}$, and $c_t$ where it enters $h_t$, with learned
+        gains ``norm_ih_l{k}``, ``norm_hh_l{k}`` and ``norm_cell_weight_l{k}``, and a bias ``norm_cell_bias_l{k}``.
+        Default: False.
+    weight_dropout : float
+        Probability of zeroing a weight of $W_{hh}$ (DropConnect), one mask for a whole forward pass. In training only.
+        Default: 0.
+    grad_clip : float, optional
+        Bound on each element of the gradients of the activations' arguments, on their way back through time. Default:
+        none.
 
     Raises
     ------
-    ValueError
-        If ``nonlinearity`` is none of the four.
+    TypeError, ValueError
+        Where ``torch.nn.LSTM`` raises them, and for an option that is out of range.
+
+    Notes
+    -----
+    All random masks, dropout's between the layers too, come from one draw of PyTorch's CPU generator at each forward
+    pass in training: ``torch.manual_seed`` fixes them, and they are the same on every device.
 
     References
     ----------
-    Elman, "Finding structure in time", Cognitive Science 14 (1990), 179-211.
+    Hochreiter and Schmidhuber, "Long short-term memory", Neural Computation 9 (1997), 1735-1780; forget gate: Gers,
+    Schmidhuber and Cummins, Neural Computation 12 (2000), 2451-2471; peepholes: Gers, Schraudolph and Schmidhuber,
+    JMLR 3 (2002), 115-143; projection: Sak, Senior and Beaufays, arXiv:1402.1128 (2014).
+
+    Recurrent dropout: Gal and Ghahramani, NeurIPS 2016. Zoneout: Krueger et al., ICLR 2017. Layer normalization: Ba,
+    Kiros and Hinton, arXiv:1607.06450 (2016). DropConnect: Wan et al., ICML 2013; on $W_{hh}$: Merity, Keskar and
+    Socher, ICLR 2018. Clipping: Graves, arXiv:1308.0850 (2013), section 2.1.
 
     Examples
     --------
-    >>> cell = RNNCell(10, 20, nonlinearity="sigmoid")
-    >>> cell(torch.randn(3, 10), torch.zeros(3, 20)).shape
-    torch.Size([3, 20])
+    >>> lstm = LSTM(10, 20, num_layers=2, batch_first=True)
+    >>> output, (h_n, c_n) = lstm(torch.randn(3, 5, 10))
+    >>> output.shape, h_n.shape, c_n.shape
+    (torch.Size([3, 5, 20]), torch.Size([2, 3, 20]), torch.Size([2, 3, 20]))
+    >>> lstm.load_state_dict(torch.nn.LSTM(10, 20, num_layers=2).state_dict())
+    <All keys matched successfully>
     """
+
+    state_names = ("h_0", "c_0")
 
     def __init__(
         self,
         input_size: int,
         hidden_size: int,
+        num_layers: int = 1,
         bias: bool = True,
-        nonlinearity: str = "tanh",
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
         device=None,
         dtype=None,
+        *,
+        peephole: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        zoneout_cell: float = 0.0,
+        layer_norm: bool = False,
+        weight_dropout: float = 0.0,
+        grad_clip: float | None = None,
     ) -> None:
-        check_choice("nonlinearity", nonlinearity, ops.NONLINEARITIES)
-        super().__init__(input_size, hidden_size, bias, nonlinearity, device=device, dtype=dtype)
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """Take one step.
-
-        Parameters
-        ----------
-        input : Tensor, shape (batch, input_size) or (input_size,)
-        hx : Tensor, shape (batch, hidden_size) or (hidden_size,), optional
-            Default: zeros.
-
-        Returns
-        -------
-        Tensor, shape (batch, hidden_size) or (hidden_size,)
-
-        Raises
-        ------
-        TypeError
-            If an argument is not a tensor.
-        ValueError
-            If an argument has the wrong number of dimensions.
-        RuntimeError
-            If a size does not fit, as in ``torch.nn.RNNCell``.
-        """
-        check_cell(input, hx)
-        if self.nonlinearity in ("tanh", "relu"):
-            return super().forward(input, hx)
-        if hx is None:
-            hx = input.new_zeros(*input.shape[:-1], self.hidden_size)
-        return reference.rnn_cell(
-            input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, self.nonlinearity
+        self.peephole = peephole
+        self.zoneout_cell = check_probability("zoneout_cell", zoneout_cell)
+        super().__init__(
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device=device,
+            dtype=dtype,
+            recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout,
+            layer_norm=layer_norm,
+            weight_dropout=weight_dropout,
+            grad_clip=grad_clip,
         )
 
+    _options: ClassVar[dict[str, object]] = {"peephole": False, "zoneout_cell": 0.0, **Recurrent._options}
 
-class GRUCell(torch.nn.GRUCell):
-    r"""One step of the gated recurrent unit: a drop-in for :class:`torch.nn.GRUCell`.
+    def _state_sizes(self) -> tuple[int, ...]:
+        return (self.proj_size or self.hidden_size, self.hidden_size)
 
-    .. math::
-        r &= \sigma(W_{ir} x + b_{ir} + W_{hr} h + b_{hr}) \\
-        z &= \sigma(W_{iz} x + b_{iz} + W_{hz} h + b_{hz}) \\
-        n &= \tanh(W_{in} x + b_{in} + r \odot (W_{hn} h + b_{hn})) \\
-        h' &= (1 - z) \odot n + z \odot h
+    def _added_parameters(self, rows: int) -> dict[str, tuple[int, ...]]:
+        added: dict[str, tuple[int, ...]] = {"weight_peephole": (3, self.hidden_size)} if self.peephole else {}
+        if self.layer_norm:
+            cell = (self.hidden_size,)
+            added |= {"norm_ih": (rows,), "norm_hh": (rows,), "norm_cell_weight": cell, "norm_cell_bias": cell}
+        return added
 
-    Parameters
-    ----------
-    input_size : int
-        Features of $x$.
-    hidden_size : int
-        Features of $h$.
-    bias : bool
-        Whether there are biases. Default: True.
-    device, dtype
-        Where and in which type to make the parameters.
+    def _draws(self) -> bool:
+        return super()._draws() or bool(self.zoneout_cell)
 
-    References
-    ----------
-    Cho et al., "Learning phrase representations using RNN encoder-decoder for statistical machine translation", EMNLP
-    2014, section 2.3; with the reset gate after the product, as in ``torch.nn.GRUCell``.
+    def _operator_options(self) -> dict[str, object]:
+        return {"zoneout_cell": self.zoneout_cell}
 
-    Examples
-    --------
-    >>> GRUCell(10, 20)(torch.randn(3, 10), torch.zeros(3, 20)).shape
-    torch.Size([3, 20])
-    """
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """Take one step.
-
-        Parameters
-        ----------
-        input : Tensor, shape (batch, input_size) or (input_size,)
-        hx : Tensor, shape (batch, hidden_size) or (hidden_size,), optional
-            Default: zeros.
-
-        Returns
-        -------
-        Tensor, shape (batch, hidden_size) or (hidden_size,)
-
-        Raises
-        ------
-        TypeError
-            If an argument is not a tensor.
-        ValueError
-            If an argument has the wrong number of dimensions.
-        RuntimeError
-            If a size does not fit, as in ``torch.nn.GRUCell``.
-        """
-        check_cell(input, hx)
-        return super().forward(input, hx)
+    def _sequence(self, input: Tensor, *states: Tensor, **options) -> tuple[Tensor, ...]:
+        return ops.lstm(input, *states, **options)
