@@ -1,11 +1,11 @@
 """The optimizers that recurrent networks are trained with, as one fused step on a GPU.
 
-Each class is a subclass of its namesake in :mod:`torch.optim`, with the same arguments, state and checkpoints, and works
-with PyTorch's learning-rate schedulers and gradient scalers. On a GPU a step is one launch of a multi-tensor Triton
-kernel, which reads and writes each number once and can be captured in a CUDA graph, whatever ``capturable`` says; on a
-CPU it is PyTorch's fused step where there is one. Where the options rule these out (complex numbers, float64 on a GPU,
+Each class is a subclass of its namesake in :mod:`torch.optim`, with the same arguments, state and checkpoints, and
+works with PyTorch's learning-rate schedulers and gradient scalers. On a GPU a step is one launch of a multi-tensor
+Triton kernel, which reads and writes each number once and can be captured in a CUDA graph, whatever ``capturable``
+says; on a CPU it is the fastest of PyTorch's own. Where the options rule the kernel out (complex numbers, float64,
 ``differentiable=True``, tensors as ``betas``, sharded parameters, an explicit ``foreach`` or ``fused``), the step is
-PyTorch's own.
+PyTorch's as well.
 
 All of them take two more arguments, by name: ``max_norm`` clips the gradients to that norm within the step, over all
 parameter groups at once, as :func:`rnnkernels.clip_grad_norm_` does before it, with the order ``norm_type``. On a GPU
@@ -33,9 +33,6 @@ class _Tensors:
 
     def __init__(self, params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]], steps: list[Tensor]):
         self.params, self.grads, self.states, self.steps = params, grads, states, steps
-
-    def all(self) -> Iterable[Tensor]:
-        return chain(self.params, self.grads, *self.states)
 
 
 class _Fused(torch.optim.Optimizer):
@@ -99,6 +96,8 @@ class _Fused(torch.optim.Optimizer):
 
     def _kernels(self, group: dict):
         """The Triton kernels, if they are to take the group's step."""
+        if not clip._may_use_kernels(group["params"]):
+            return None
         params = [param for param in group["params"] if param.grad is not None]
         if not params:
             return None
@@ -134,28 +133,30 @@ class _Fused(torch.optim.Optimizer):
 
     def _gather(self, group: dict, kernels) -> _Tensors:
         """The group's tensors, their states made where there are none yet."""
+        params = [param for param in group["params"] if param.grad is not None]
+        tensors = _Tensors(params, [param.grad for param in params], [], [])
+        for param, grad in zip(params, tensors.grads, strict=True):
+            if grad.layout != torch.strided:
+                self._check(param)
         names = self._buffers(group)
-        tensors = _Tensors([], [], [[] for _ in names], [])
-        on_device = kernels is not None or group.get("capturable") or group.get("fused")
-        for param in group["params"]:
-            if param.grad is None:
-                continue
-            self._check(param)
-            state = self.state[param] if self._counts_steps or names else {}
-            if self._counts_steps:
-                step = state.get("step")
+        if not names:
+            return tensors
+        states = [self.state[param] for param in params]
+        for name in names:
+            for param, state in zip(params, states, strict=True):
+                if state.get(name) is None:
+                    state[name] = self._initial(param, name)
+            tensors.states.append([state[name] for state in states])
+        if self._counts_steps:
+            on_device = kernels is not None or group.get("capturable") or group.get("fused")
+            for param, state in zip(params, states, strict=True):
                 device = param.device if on_device else _CPU
+                step = state.get("step")
                 if step is None:
                     step = state["step"] = torch.zeros((), dtype=torch.float32, device=device)
                 elif on_device and (step.device != device or step.dtype != torch.float32):
                     step = state["step"] = step.to(device, torch.float32)
                 tensors.steps.append(step)
-            for name, column in zip(names, tensors.states, strict=True):
-                if state.get(name) is None:
-                    state[name] = self._initial(param, name)
-                column.append(state[name])
-            tensors.params.append(param)
-            tensors.grads.append(param.grad)
         return tensors
 
     # ------------------------------------------------------------ the step
@@ -208,26 +209,27 @@ class _Fused(torch.optim.Optimizer):
         """``foreach`` and ``fused`` for PyTorch's function, and what its fused step needs of a gradient scaler."""
         fused, foreach = group["fused"], group["foreach"]
         scaler = {"grad_scale": getattr(self, "grad_scale", None), "found_inf": getattr(self, "found_inf", None)}
-        if fused is None and foreach is None and not torch.compiler.is_compiling():
-            fused = self._fits_cpu_step(group, tensors) or None
+        if fused is None and foreach is None and self._fits_fused(group, tensors):
+            fused = True
         return {"foreach": foreach, "fused": fused, **scaler}
 
-    def _fits_cpu_step(self, group: dict, tensors: _Tensors) -> bool:
-        """Whether PyTorch's fused step for CPUs takes these tensors: it is faster than its others."""
-        if group["differentiable"] or isinstance(group["weight_decay"], Tensor):
+    def _plain_on_cpu(self, group: dict, tensors: _Tensors) -> bool:
+        """Whether PyTorch's faster implementations for CPUs, which it does not choose by itself, may take the step."""
+        if torch.compiler.is_compiling() or group["differentiable"] or tensors.params[0].device != _CPU:
             return False
-        if any(isinstance(value, Tensor) for value in (group["lr"], *group.get("betas", ()))):
+        numbers = (group["lr"], group["weight_decay"], *group.get("betas", ()))
+        return clip._PLAIN.issuperset(map(type, tensors.params)) and not any(isinstance(n, Tensor) for n in numbers)
+
+    def _fits_fused(self, group: dict, tensors: _Tensors) -> bool:
+        """Whether PyTorch's fused step for CPUs, the fastest, takes these tensors."""
+        if not self._plain_on_cpu(group, tensors):
             return False
-        if any(step.dtype != torch.float32 or step.device != _CPU for step in tensors.steps):
+        places = {(tensor.device, tensor.dtype) for tensor in chain(tensors.params, tensors.grads)}
+        counted = {step.dtype for step in tensors.steps} <= {torch.float32}
+        if len(places) != 1 or not counted or not tensors.params[0].is_floating_point():
             return False
-        return all(
-            type(tensor) in (Tensor, torch.nn.Parameter)
-            and tensor.device == _CPU
-            and tensor.is_contiguous()
-            and tensor.is_floating_point()
-            for tensor in tensors.all()
-            if tensor is not None
-        ) and all(grad.dtype == param.dtype for grad, param in zip(tensors.grads, tensors.params, strict=True))
+        every = chain(tensors.params, tensors.grads, *tensors.states)
+        return all(tensor is None or tensor.is_contiguous() for tensor in every)
 
 
 _CPU = torch.device("cpu")
@@ -279,8 +281,8 @@ class SGD(_Fused, torch.optim.SGD):
     References
     ----------
     Robbins and Monro, "A stochastic approximation method", Annals of Mathematical Statistics 22 (1951). Polyak, "Some
-    methods of speeding up the convergence of iteration methods", USSR Computational Mathematics and Mathematical Physics
-    4 (1964). Sutskever, Martens, Dahl and Hinton, "On the importance of initialization and momentum in deep learning",
+    methods of speeding up the convergence of iteration methods", USSR Computational Mathematics and Mathematical
+    Physics 4 (1964). Sutskever, Martens, Dahl and Hinton, "On the importance of initialization and momentum in deep learning",
     ICML 2013, section 2.
 
     Examples
@@ -360,6 +362,13 @@ class SGD(_Fused, torch.optim.SGD):
                 )
 
     def _plain(self, group, tensors):
+        if not tensors.states and group["foreach"] is group["fused"] is None and self._plain_on_cpu(group, tensors):
+            # So little is to be done that PyTorch's preparations would take as long.
+            params, grads, decay = tensors.params, tensors.grads, group["weight_decay"]
+            if decay != 0:
+                grads = torch._foreach_add(grads, params, alpha=-decay if group["maximize"] else decay)
+            torch._foreach_add_(params, grads, alpha=group["lr"] if group["maximize"] else -group["lr"])
+            return
         buffers = tensors.states[0] if tensors.states else []
         choice = self._choice(group, tensors)
         if choice["fused"] and any(b is None for b in buffers) and not all(b is None for b in buffers):
@@ -592,7 +601,10 @@ class RMSprop(_Fused, torch.optim.RMSprop):
 
     def _plain(self, group, tensors):
         columns = dict(zip(self._buffers(group), tensors.states, strict=True))
-        names = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize", "differentiable", "foreach")
+        foreach = group["foreach"]
+        if foreach is None and self._plain_on_cpu(group, tensors):
+            foreach = True
+        names = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize", "differentiable")
         rmsprop.rmsprop(
             tensors.params,
             tensors.grads,
@@ -601,6 +613,7 @@ class RMSprop(_Fused, torch.optim.RMSprop):
             columns.get("momentum_buffer", []),
             tensors.steps,
             capturable=group["capturable"],
+            foreach=foreach,
             has_complex=any(param.is_complex() for param in tensors.params),
             **{name: group[name] for name in names},
         )
