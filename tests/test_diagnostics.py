@@ -21,6 +21,7 @@ def random(*shape):
 MODULES = {
     "rk.RNN": lambda **o: rk.RNN(INPUT, H, **o),
     "rk.RNN two layers": lambda **o: rk.RNN(INPUT, H, num_layers=2, nonlinearity="sigmoid", **o),
+    "rk.LSTM two layers": lambda **o: rk.LSTM(INPUT, H, num_layers=2, **o),
     "torch.nn.RNN": lambda **o: torch.nn.RNN(INPUT, H, **o),
     "torch.nn.GRU two layers": lambda **o: torch.nn.GRU(INPUT, H, num_layers=2, **o),
     "torch.nn.LSTM": lambda **o: torch.nn.LSTM(INPUT, H, **o),
@@ -256,7 +257,7 @@ EVERY_FORM = {"num_layers": 2, "bidirectional": True, "batch_first": True}
 
 
 @pytest.mark.parametrize("options", [{}, EVERY_FORM, {"bias": False}, {"dropout": 0.5, "num_layers": 2}])
-@pytest.mark.parametrize("make", [torch.nn.LSTM, torch.nn.GRU, rk.GRU, rk.RNN, getattr(rk, "LSTM", torch.nn.LSTM)])
+@pytest.mark.parametrize("make", [torch.nn.LSTM, torch.nn.GRU, rk.GRU, rk.RNN, rk.LSTM])
 def test_gates_lead_to_the_modules_states(make, options):
     module = make(INPUT, H, dtype=torch.float64, **options)
     input, training = random(B, T, INPUT), module.training

@@ -14,6 +14,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 MODULES = {
     "rk.RNN": (lambda **o: rk.RNN(3, 16, **o), 1),
     "rk.GRU": (lambda **o: rk.GRU(3, 16, **o), 3),
+    "rk.LSTM": (lambda **o: rk.LSTM(3, 16, **o), 4),
     "torch.nn.RNN": (lambda **o: torch.nn.RNN(3, 16, **o), 1),
     "torch.nn.GRU": (lambda **o: torch.nn.GRU(3, 16, **o), 3),
     "torch.nn.LSTM": (lambda **o: torch.nn.LSTM(3, 16, **o), 4),
@@ -21,14 +22,11 @@ MODULES = {
 CELLS = {
     "rk.RNNCell": (rk.RNNCell, 1),
     "rk.GRUCell": (rk.GRUCell, 3),
+    "rk.LSTMCell": (rk.LSTMCell, 4),
     "torch.nn.RNNCell": (torch.nn.RNNCell, 1),
     "torch.nn.GRUCell": (torch.nn.GRUCell, 3),
     "torch.nn.LSTMCell": (torch.nn.LSTMCell, 4),
 }
-if hasattr(rk, "LSTM"):
-    MODULES["rk.LSTM"] = (lambda **o: rk.LSTM(3, 16, **o), 4)
-if hasattr(rk, "LSTMCell"):
-    CELLS["rk.LSTMCell"] = (rk.LSTMCell, 4)
 
 
 @pytest.fixture(params=MODULES)
@@ -141,8 +139,6 @@ def test_spectral_radius(dtype, size, gates):
 
 @pytest.mark.parametrize("kind", ["torch.nn.LSTM", "torch.nn.GRU", "rk.GRU", "rk.LSTM"])
 def test_forget_gate_bias_sets_the_sum_and_nothing_else(kind):
-    if kind not in MODULES:
-        pytest.skip(f"{kind} is not there yet")
     make, gates = MODULES[kind]
     module = make(num_layers=2, bidirectional=True)
     before = copy.deepcopy(module)
@@ -155,7 +151,7 @@ def test_forget_gate_bias_sets_the_sum_and_nothing_else(kind):
                 assert torch.equal(rows, old_rows)
 
 
-@pytest.mark.parametrize("make", [torch.nn.LSTMCell, torch.nn.GRUCell, rk.GRUCell])
+@pytest.mark.parametrize("make", [torch.nn.LSTMCell, rk.LSTMCell, torch.nn.GRUCell, rk.GRUCell])
 def test_forget_gate_bias_of_a_cell_keeps_the_state(make):
     """What the rows mean, seen from outside: with the gate wide open the state stays."""
     cell = make(3, 16)
@@ -172,8 +168,6 @@ def test_forget_gate_bias_of_a_cell_keeps_the_state(make):
 @pytest.mark.parametrize("kind", ["torch.nn.LSTM", "torch.nn.GRU", "rk.GRU", "rk.LSTM"])
 @pytest.mark.parametrize("min_time", [2.0, 10.0])
 def test_chrono_spreads_the_times_evenly(kind, min_time):
-    if kind not in MODULES:
-        pytest.skip(f"{kind} is not there yet")
     module = type(MODULES[kind][0]())(3, 2000, dtype=torch.float64)
     gates = MODULES[kind][1]
     init.chrono_(module, 300, min_time=min_time, generator=generator())
