@@ -414,6 +414,15 @@ class Options(NamedTuple):
         """Whether there is anything that the plain operators can't do."""
         return bool(self.recurrent_dropout or self.zoneout or self.zoneout_cell or self.grad_clip != UNBOUNDED)
 
+    def of_reference(self, *probabilities: str) -> dict[str, object]:
+        """Arguments of the reference, among them these probabilities."""
+        return {
+            **{name: getattr(self, name) for name in probabilities},
+            "training": self.training,
+            "seed": None if self.seed is None else int(self.seed),
+            "grad_clip": None if self.grad_clip == UNBOUNDED else self.grad_clip,
+        }
+
 
 def check_options(
     *,

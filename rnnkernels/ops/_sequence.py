@@ -6,12 +6,23 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 
 def kernels(backend: str, operator: str) -> ModuleType:
     """The module that implements ``operator`` on ``backend``, imported on first use."""
     return importlib.import_module(f"rnnkernels.kernels.{backend}.{operator}")
+
+
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode differentiation is under way.
+
+    No custom operator takes part in them: the reference, plain PyTorch, serves there.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def project(input: Tensor, weight_ih: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None) -> Tensor:

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from rnnkernels._backend import resolve
-from rnnkernels.kernels.eager.random import key_of
+from rnnkernels.kernels.eager import random
 from rnnkernels.ops._checks import check_probability, check_seed
-from rnnkernels.ops._sequence import kernels
+from rnnkernels.ops._sequence import kernels, transformed
 
 
 def dropout(
@@ -66,13 +66,15 @@ def dropout(
     p = check_probability("p", p)
     if not training or p == 0:
         return input
+    if transformed():
+        return random.dropout(input, p, random.key_of(int(check_seed(seed))), shared)
     return torch.ops.rnnkernels.dropout(input, check_seed(seed), p, shared, resolve(input.device, input.dtype))
 
 
 @torch.library.custom_op("rnnkernels::dropout", mutates_args=())
 def _dropout(input: Tensor, seed: Tensor, p: float, shared: bool, backend: str) -> Tensor:
     with torch.cuda.device_of(input):
-        return kernels(backend, "random").dropout(input.contiguous(), p, key_of(int(seed)), shared)
+        return kernels(backend, "random").dropout(input.contiguous(), p, random.key_of(int(seed)), shared)
 
 
 @_dropout.register_fake

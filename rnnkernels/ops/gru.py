@@ -11,6 +11,7 @@ from rnnkernels.ops._sequence import (
     kernels,
     project_normalized,
     recurrent_weight_gradient,
+    transformed,
 )
 
 
@@ -101,6 +102,15 @@ def gru(
     norms = {"norm_ih": norm_ih, "norm_hh": norm_hh}
     arguments = check_recurrent(3, input=input, h_0=h_0, **tensors, **norms, lengths=lengths, reset=reset)
     tensors = arguments.tensors
+    if transformed():
+        return reference.gru(
+            **tensors,
+            reset_after=reset_after,
+            reverse=reverse,
+            lengths=arguments.lengths,
+            reset=arguments.reset,
+            **options.of_reference("recurrent_dropout", "zoneout"),
+        )
     if options.needed or reset is not None or not reset_after or norm_ih is not None or norm_hh is not None:
         return _with_options(arguments, options, reverse=reverse, reset_after=reset_after)
     del tensors["norm_ih"], tensors["norm_hh"]

@@ -15,6 +15,7 @@ from rnnkernels.ops._sequence import (
     project_normalized,
     projection_gradients,
     recurrent_weight_gradient,
+    transformed,
 )
 
 _OF_OPTIONS = ("weight_hr", "weight_peephole", "norm_ih", "norm_hh", "norm_cell_weight", "norm_cell_bias")
@@ -154,6 +155,14 @@ def lstm(
         reset=reset,
     )
     tensors = arguments.tensors
+    if transformed():
+        return reference.lstm(
+            **tensors,
+            reverse=reverse,
+            lengths=arguments.lengths,
+            reset=arguments.reset,
+            **options.of_reference("recurrent_dropout", "zoneout", "zoneout_cell"),
+        )
     if options.needed or reset is not None or any(tensors[name] is not None for name in _OF_OPTIONS):
         return _with_options(arguments, options, reverse)
     plain = [tensor for name, tensor in tensors.items() if name not in _OF_OPTIONS]
@@ -189,7 +198,8 @@ class _OneDNN(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output, grad_h_n, grad_c_n):
-        tensors, results = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        saved = ctx.saved_tensors  # once: checkpointing computes them anew at each access
+        tensors, results = saved[:7], saved[7:]
         needs = ctx.needs_input_grad[:7]
         cotangents = grad_output, grad_h_n, grad_c_n
         if torch.is_grad_enabled():
@@ -230,13 +240,80 @@ def _native(
 
 
 def _layer(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, reverse):
-    if torch.compiler.is_compiling():  # the compiler knows PyTorch's operator; a second derivative it does not take
-        input = input.flip(0) if reverse else input
-        states = h_0.unsqueeze(0), c_0.unsqueeze(0)
-        weights = weight_ih, weight_hh, bias_ih, bias_hh
-        output, h_n, c_n = torch.lstm(input, states, weights, True, 1, 0.0, False, False, False)
-        return output.flip(0) if reverse else output, h_n.squeeze(0), c_n.squeeze(0)
-    return _OneDNN.apply(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, reverse)
+    tensors = input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh
+    if torch.compiler.is_compiling():
+        return torch.ops.rnnkernels.lstm_onednn(*tensors, reverse)
+    return _OneDNN.apply(*tensors, reverse)
+
+
+@torch.library.custom_op("rnnkernels::lstm_onednn", mutates_args=())
+def _lstm_onednn(
+    input: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor,
+    bias_hh: Tensor,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :class:`_OneDNN` computes, for torch.compile and torch.export.
+
+    They have to know the shape of all that is kept, and only oneDNN knows that of its workspace: the backward pass runs
+    the forward pass again.
+    """
+    tensors = [tensor.contiguous() for tensor in (input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)]
+    return onednn.forward(*tensors[:3], tensors[3:], reverse, train=False)[:3]
+
+
+@_lstm_onednn.register_fake
+def _(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, reverse):
+    return (
+        input.new_empty(*input.shape[:2], h_0.shape[1]),
+        torch.empty_like(h_0, memory_format=torch.contiguous_format),
+        torch.empty_like(c_0, memory_format=torch.contiguous_format),
+    )
+
+
+@torch.library.custom_op("rnnkernels::lstm_onednn_backward", mutates_args=())
+def _lstm_onednn_backward(
+    grad_output: Tensor,
+    grad_h_n: Tensor,
+    grad_c_n: Tensor,
+    input: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor,
+    bias_hh: Tensor,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tensors = [tensor.contiguous() for tensor in (input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)]
+    results = onednn.forward(*tensors[:3], tensors[3:], reverse, train=True)
+    return onednn.backward(grad_output, grad_h_n, grad_c_n, results, *tensors[:3], tensors[3:], reverse)
+
+
+@_lstm_onednn_backward.register_fake
+def _(grad_output, grad_h_n, grad_c_n, *tensors_and_reverse):
+    return tuple(tensor.new_empty(tensor.shape) for tensor in tensors_and_reverse[:7])
+
+
+def _setup_onednn(ctx, inputs, output):
+    *tensors, ctx.reverse = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_onednn(ctx, *cotangents):
+    tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[:7]
+    if torch.is_grad_enabled():
+        results = reference.lstm(*tensors, reverse=ctx.reverse)
+        return *differentiable_gradients(results, tensors, needs, cotangents), None
+    gradients = torch.ops.rnnkernels.lstm_onednn_backward(*cotangents, *tensors, ctx.reverse)
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None
+
+
+_lstm_onednn.register_autograd(_backward_onednn, setup_context=_setup_onednn)
 
 
 @torch.library.custom_op("rnnkernels::lstm", mutates_args=())

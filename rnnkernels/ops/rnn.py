@@ -13,6 +13,7 @@ from rnnkernels.ops._sequence import (
     project_normalized,
     projection_gradients,
     recurrent_weight_gradient,
+    transformed,
 )
 
 NONLINEARITIES = tuple(reference.ACTIVATIONS)
@@ -128,6 +129,15 @@ def rnn(
     weights = {"weight_ih": weight_ih, "weight_hh": weight_hh, "bias_ih": bias_ih, "bias_hh": bias_hh}
     arguments = check_recurrent(1, input=input, h_0=h_0, **weights, norm_hh=norm_hh, lengths=lengths, reset=reset)
     tensors = arguments.tensors
+    if transformed():
+        return reference.rnn(
+            **tensors,
+            nonlinearity=nonlinearity,
+            reverse=reverse,
+            lengths=arguments.lengths,
+            reset=arguments.reset,
+            **options.of_reference("recurrent_dropout", "zoneout"),
+        )
     if options.needed or reset is not None or norm_hh is not None:
         biases, inner = [bias for bias in (tensors["bias_ih"], tensors["bias_hh"]) if bias is not None], None
         if norm_hh is not None and biases:  # they are added after the normalization

@@ -14,6 +14,8 @@ _SHUT = 1e4
 
 _MODE = 2  # PyTorch's number for an LSTM
 
+_PRESENT = torch.backends.mkldnn.is_available()  # asked once, since torch.compile does not trace the question
+
 
 def available(input: Tensor, h_0: Tensor) -> bool:
     """Whether the operator can run on these tensors."""
@@ -22,8 +24,8 @@ def available(input: Tensor, h_0: Tensor) -> bool:
         and input.dtype == torch.float32
         and input.numel() > 0
         and h_0.numel() > 0
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and _PRESENT
+        and (torch.compiler.is_compiling() or torch.backends.mkldnn.enabled)
     )
 
 
@@ -31,21 +33,10 @@ def forward(
     input: Tensor, h_0: Tensor, c_0: Tensor, weights: list[Tensor], reverse: bool, train: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """All states, the final states, and what the backward pass wants to find again."""
-    output, h_n, c_n, workspace = torch.ops.aten.mkldnn_rnn_layer(
-        input,
-        *weights,
-        h_0.unsqueeze(0),
-        c_0.unsqueeze(0),
-        reverse,
-        [],
-        _MODE,
-        h_0.shape[1],
-        1,
-        True,
-        False,
-        False,
-        train,
-    )
+    tensors = [tensor.detach() for tensor in (input, *weights, h_0.unsqueeze(0), c_0.unsqueeze(0))]
+    options = (reverse, [], _MODE, h_0.shape[1], 1, True, False, False, train)
+    with torch.set_grad_enabled(train):  # the operator keeps nothing where it sees gradients disabled
+        output, h_n, c_n, workspace = torch.ops.aten.mkldnn_rnn_layer(*tensors, *options)
     return output, h_n.squeeze(0), c_n.squeeze(0), workspace
 
 
