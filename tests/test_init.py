@@ -173,6 +173,7 @@ def test_chrono_spreads_the_times_evenly(kind, min_time):
     init.chrono_(module, 300, min_time=min_time, generator=generator())
     keeping = gate_sum(module, gates, 1)
     times = 1 / (1 - torch.sigmoid(keeping))  # the definition, not the formula
+    assert min_time * (1 - 1e-9) <= times.min() < times.max() <= 300 * (1 + 1e-9)
     assert stats.kstest(times.numpy(), stats.uniform(min_time, 300 - min_time).cdf).pvalue > 1e-3
     if gates == 4:
         torch.testing.assert_close(gate_sum(module, gates, 0), -keeping)
