@@ -85,6 +85,9 @@ RESIDENT = {
     ("gru", "16-bit"): {16: (4, 8192), 32: (4, 22528), 64: (8, 57344), 128: (8, 163840)},
     ("gru", "tf32"): {16: (4, 16384), 32: (4, 45056), 64: (8, 114688)},
     ("gru", "ieee"): {16: (4, 19456), 32: (8, 45056), 64: (8, 114688)},
+    ("lstm", "16-bit"): {16: (4, 3072), 32: (4, 13312), 64: (8, 43008), 128: (8, 151552)},
+    ("lstm", "tf32"): {16: (4, 5120), 32: (4, 26624), 64: (8, 86016)},
+    ("lstm", "ieee"): {16: (4, 9216), 32: (4, 24576), 64: (8, 81920)},
 }
 
 STEP = {
@@ -99,6 +102,10 @@ STEP = {
     ("gru", True, True): Step(block_batch=32, block_hidden=32, block_inner=32, num_warps=4, num_stages=3),
     ("gru", False, False): Step(block_batch=16, block_hidden=32, block_inner=32, num_warps=4, num_stages=1),
     ("gru", True, False): Step(block_batch=16, block_hidden=32, block_inner=32, num_warps=4, num_stages=1),
+    ("lstm", False, True): Step(block_batch=16, block_hidden=32, block_inner=32, num_warps=4, num_stages=3),
+    ("lstm", True, True): Step(block_batch=32, block_hidden=32, block_inner=32, num_warps=4, num_stages=2),
+    ("lstm", False, False): Step(block_batch=16, block_hidden=32, block_inner=32, num_warps=4, num_stages=1),
+    ("lstm", True, False): Step(block_batch=16, block_hidden=32, block_inner=32, num_warps=4, num_stages=1),
 }
 
 

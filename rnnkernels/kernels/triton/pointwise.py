@@ -43,3 +43,9 @@ def through_activation(gradient, y, NONLINEARITY: tl.constexpr):
         return tl.where(y <= 0.0, 0.0, gradient)
     else:
         return gradient
+
+
+@triton.jit
+def clip(x, bound):
+    """``x``, between -bound and bound. NaN stays NaN."""
+    return tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))
