@@ -148,6 +148,8 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
     clip_value = _at_least_zero("clip_value", clip_value)
     gradients = _gradients(parameters)
     kernels = _kernels(gradients) if foreach is None else None
+    if not gradients:
+        return
     if kernels is None and foreach is None and _on_cpu(gradients):
         _clamp_on_cpu(gradients, clip_value)
     elif kernels is None:
@@ -239,8 +241,8 @@ def adaptive_grad_clip_(parameters: Tensor | Iterable[Tensor], clip_factor: floa
     Notes
     -----
     The norms of 16-bit tensors are taken in float32. The gradient of a unit whose norm is NaN is left as it is, and
-    that of one whose norm is infinite becomes 0, and NaN where it was infinite. The authors leave the last, linear layer
-    out; that is up to the caller.
+    that of one whose norm is infinite becomes 0, and NaN where it was infinite. The authors leave the last, linear
+    layer out; that is up to the caller.
 
     References
     ----------
@@ -273,11 +275,11 @@ def adaptive_grad_clip_(parameters: Tensor | Iterable[Tensor], clip_factor: floa
         torch.autograd.graph.increment_version(gradients)
         return
     for weight, gradient in columns:
-        dims = tuple(range(1, weight.dim())) or None
+        dims = tuple(range(1, weight.dim())) or None  # None is all of a vector
         wide = torch.promote_types(weight.dtype, torch.float32)
         norm = torch.linalg.vector_norm(gradient, dim=dims, keepdim=True, dtype=wide)
         largest = torch.linalg.vector_norm(weight, dim=dims, keepdim=True, dtype=wide).clamp_min_(eps).mul_(clip_factor)
-        gradient.mul_(torch.where(norm > largest, largest / norm, 1.0).view([-1] + [1] * (weight.dim() - 1)))
+        gradient.mul_(torch.where(norm > largest, largest / norm, 1.0))
 
 
 def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:

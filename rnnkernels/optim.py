@@ -90,6 +90,9 @@ class _Fused(torch.optim.Optimizer):
                     self._fused(kernels, group, tensors, factor)
                 else:
                     self._plain(group, tensors)
+                if not torch.compiler.is_compiling() and not group["differentiable"]:
+                    # Neither the kernels nor PyTorch's fused steps for CPUs tell autograd what they wrote.
+                    torch.autograd.graph.increment_version(tensors.params)
         return loss
 
     # ------------------------------------------------------------ which implementation
@@ -191,7 +194,6 @@ class _Fused(torch.optim.Optimizer):
             lr = lr.item()  # no synchronization: the host has it
         shared = {"lr": lr, "factor": factor, "weight_decay": group["weight_decay"], "maximize": group["maximize"]}
         self._launch(kernels, group, tensors, shared)
-        torch.autograd.graph.increment_version(tensors.params)
 
     def _launch(self, kernels, group: dict, tensors: _Tensors, shared: dict) -> None:
         steps = tensors.steps if self._rule in ("adagrad", "adam") else None
@@ -226,7 +228,8 @@ class _Fused(torch.optim.Optimizer):
             return False
         places = {(tensor.device, tensor.dtype) for tensor in chain(tensors.params, tensors.grads)}
         counted = {step.dtype for step in tensors.steps} <= {torch.float32}
-        if len(places) != 1 or not counted or not tensors.params[0].is_floating_point():
+        # In 16 bit the fused step of SGD goes wrong with Nesterov's momentum (PyTorch 2.13).
+        if len(places) != 1 or not counted or tensors.params[0].dtype not in (torch.float32, torch.float64):
             return False
         every = chain(tensors.params, tensors.grads, *tensors.states)
         return all(tensor is None or tensor.is_contiguous() for tensor in every)
@@ -282,8 +285,8 @@ class SGD(_Fused, torch.optim.SGD):
     ----------
     Robbins and Monro, "A stochastic approximation method", Annals of Mathematical Statistics 22 (1951). Polyak, "Some
     methods of speeding up the convergence of iteration methods", USSR Computational Mathematics and Mathematical
-    Physics 4 (1964). Sutskever, Martens, Dahl and Hinton, "On the importance of initialization and momentum in deep learning",
-    ICML 2013, section 2.
+    Physics 4 (1964). Sutskever, Martens, Dahl and Hinton, "On the importance of initialization and momentum in deep
+    learning", ICML 2013, section 2.
 
     Examples
     --------

@@ -452,7 +452,7 @@ def step_block(
     OPTIONS: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
-    DECOUPLED: tl.constexpr,
+    DECAY: tl.constexpr,
     STATES: tl.constexpr,
     MASKED: tl.constexpr,
 ):
@@ -462,9 +462,9 @@ def step_block(
         g *= factor
     if MAXIMIZE:
         g = -g
-    if DECOUPLED:
+    if DECAY == "decoupled":
         p *= 1.0 - lr * weight_decay
-    else:
+    elif DECAY == "gradient":  # only where there is any: 0 times an infinite weight would be NaN
         g += weight_decay * p
     # A state that the rule does not have is never stored.
     first, second, third = g, g, g
@@ -524,7 +524,7 @@ def step_kernel(
     MAXIMIZE: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     LR_IS_TENSOR: tl.constexpr,
-    DECOUPLED: tl.constexpr,
+    DECAY: tl.constexpr,
     COUNTS: tl.constexpr,
     STATES: tl.constexpr,
     ELEMENTS: tl.constexpr,
@@ -562,7 +562,7 @@ def step_kernel(
         for _ in range(0, CHUNK, BLOCK):
             step_block(
                 param, grad, state_0, state_1, state_2, offsets, remaining, by, rate, weight_decay, eps, momentum,
-                rest_1, decay_2, rest_2, bias_1, bias_2_root, RULE, OPTIONS, MAXIMIZE, HAS_FACTOR, DECOUPLED, STATES,
+                rest_1, decay_2, rest_2, bias_1, bias_2_root, RULE, OPTIONS, MAXIMIZE, HAS_FACTOR, DECAY, STATES,
                 False,
             )  # fmt: skip
             offsets += BLOCK
@@ -570,7 +570,7 @@ def step_kernel(
         for _ in range(0, remaining.to(tl.int32), BLOCK):
             step_block(
                 param, grad, state_0, state_1, state_2, offsets, remaining, by, rate, weight_decay, eps, momentum,
-                rest_1, decay_2, rest_2, bias_1, bias_2_root, RULE, OPTIONS, MAXIMIZE, HAS_FACTOR, DECOUPLED, STATES,
+                rest_1, decay_2, rest_2, bias_1, bias_2_root, RULE, OPTIONS, MAXIMIZE, HAS_FACTOR, DECAY, STATES,
                 True,
             )  # fmt: skip
             offsets += BLOCK
@@ -607,6 +607,7 @@ def step(
     # What is left of one is formed in float64: in float32 it would lose four digits.
     rest_1 = 1 - (dampening if rule == "sgd" else betas[0])
     counts = [] if steps is None else [steps]
+    decay = "none" if weight_decay == 0 else "decoupled" if decoupled else "gradient"
     for columns in by_type(params, grads, *states, *counts):
         Launch(*columns)(
             step_kernel,
@@ -626,7 +627,7 @@ def step(
             MAXIMIZE=maximize,
             HAS_FACTOR=factor is not None,
             LR_IS_TENSOR=isinstance(lr, Tensor),
-            DECOUPLED=decoupled,
+            DECAY=decay,
             COUNTS=steps is not None,
             STATES=len(states),
             BLOCK=BLOCK,
