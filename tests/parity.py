@@ -5,21 +5,78 @@ import torch
 import rnnkernels as rk
 
 NAMES = ("input", "h_0", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
+"""Tensors that the RNN and the GRU take, in this order."""
 
-
-GATES = {"rnn": 1, "gru": 3}
+GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 """Operators, and how many rows of the weights a hidden unit has."""
 
+EXTRA_WEIGHTS = {
+    "rnn": ("norm_hh",),
+    "gru": ("norm_ih", "norm_hh"),
+    "lstm": ("weight_peephole", "norm_ih", "norm_hh", "norm_cell_weight", "norm_cell_bias"),
+}
+"""Weights that options add, which an operator takes by keyword."""
 
-def arguments(sequence_length, batch, input_size, hidden_size, dtype, device="cpu", bias=True, operator="rnn"):
-    """Random tensors for an operator, exact in ``dtype``, scaled so that the state neither dies nor explodes."""
+RESULTS = ("output", "h_n", "c_n")
+
+
+def names_of(operator):
+    """Names of the tensors that an operator takes by position."""
+    return NAMES if operator != "lstm" else (*NAMES[:2], "c_0", *NAMES[2:], "weight_hr")
+
+
+def arguments(
+    sequence_length,
+    batch,
+    input_size,
+    hidden_size,
+    dtype,
+    device="cpu",
+    bias=True,
+    operator="rnn",
+    state_size=None,
+):
+    """Random tensors for an operator, exact in ``dtype``, scaled so that the state neither dies nor explodes.
+
+    With ``state_size``, the LSTM's projection to so many features comes last. What is absent is None, or left off the end.
+    """
+    rows, state = GATES[operator] * hidden_size, state_size or hidden_size
+    shapes = {
+        "input": (sequence_length, batch, input_size),
+        "h_0": (batch, state),
+        "c_0": (batch, hidden_size),
+        "weight_ih": (rows, input_size),
+        "weight_hh": (rows, state),
+        "bias_ih": (rows,),
+        "bias_hh": (rows,),
+        "weight_hr": (state, hidden_size),
+    }
+    tensors = []
+    for name in names_of(operator):
+        if (name == "weight_hr" and state_size is None) or (name.startswith("bias") and not bias):
+            tensors.append(None)
+            continue
+        tensor = torch.randn(shapes[name], dtype=torch.float64)
+        if name.startswith("weight"):
+            tensor /= shapes[name][1] ** 0.5
+        tensors.append(tensor.to(dtype=dtype, device=device).requires_grad_())
+    while tensors[-1] is None:
+        tensors.pop()
+    return tensors
+
+
+def extra_weights(operator, hidden_size, dtype, device="cpu", names=None):
+    """Random weights of options by name; all that the operator has, or those in ``names``."""
     rows = GATES[operator] * hidden_size
-    shapes = ((sequence_length, batch, input_size), (batch, hidden_size), (rows, input_size))
-    shapes += ((rows, hidden_size), (rows,), (rows,))
-    tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
-    tensors[2] /= input_size**0.5
-    tensors[3] /= hidden_size**0.5
-    return [tensor.to(dtype=dtype, device=device).requires_grad_() for tensor in tensors[: 6 if bias else 4]]
+    shapes = {name: (hidden_size,) if name.startswith("norm_cell") else (rows,) for name in EXTRA_WEIGHTS[operator]}
+    weights = {}
+    for name, shape in shapes.items():
+        if names is not None and name not in names:
+            continue
+        weight = torch.randn((3, hidden_size) if name == "weight_peephole" else shape, dtype=torch.float64) / 2
+        weight += name.startswith("norm") and not name.endswith("bias")
+        weights[name] = weight.to(dtype=dtype, device=device).requires_grad_()
+    return weights
 
 
 def random_lengths(batch, sequence_length, order="unsorted"):
@@ -29,39 +86,58 @@ def random_lengths(batch, sequence_length, order="unsorted"):
     return lengths.sort(descending=True).values if order == "sorted" else lengths
 
 
-def outcome(function, tensors, cotangents, **options):
-    """The results of ``function`` and the gradients of all ``tensors``, by name."""
-    output, h_n = function(*tensors, **options)
-    gradients = torch.autograd.grad((output, h_n), tensors, cotangents)
+def leaves_of(operator, tensors, options):
+    """What an operator can be differentiated in, by name: its tensors, and the weights among its options."""
+    positional = dict(zip(names_of(operator), tensors, strict=False))
+    named = {name: value for name, value in options.items() if name in EXTRA_WEIGHTS[operator]}
+    return {name: value for name, value in {**positional, **named}.items() if value is not None}
+
+
+def outcome(function, operator, tensors, cotangents, **options):
+    """The results of ``function`` and the gradients of all its tensors, by name."""
+    results = function(*tensors, **options)
+    leaves = leaves_of(operator, tensors, options)
+    gradients = torch.autograd.grad(results, tuple(leaves.values()), cotangents)
     return {
-        "output": output.detach(),
-        "h_n": h_n.detach(),
-        **dict(zip((f"grad {name}" for name in NAMES), gradients, strict=False)),
+        **dict(zip(RESULTS, (result.detach() for result in results), strict=False)),
+        **dict(zip((f"grad {name}" for name in leaves), gradients, strict=True)),
     }
 
 
 def relative_error(value, expected):
     """The largest error of an element, relative to the largest element."""
+    if value.numel() == 0:
+        return 0.0
     return float((value.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+def exact(value):
+    """A leaf in float64 with the value of a tensor of floats; anything else as it is."""
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.detach().double().requires_grad_()
+    return value
 
 
 def assert_parity(tensors, tolerance, operator="rnn", **options):
     """Hold an operator to the reference in float64.
 
+    ``tensors`` are what the operator takes by position, ``options`` what it takes by keyword, weights among them.
     ``tolerance`` bounds the relative error of each result and gradient. Where sums cancel, the textbook loop itself
     errs in the tensors' type, and four times its error is allowed on top.
     """
     reference = getattr(rk.reference, operator)
     dtype = tensors[0].dtype
-    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
-    cotangents = [torch.randn_like(result).to(dtype) for result in reference(*exact, **options)]
-    expected = outcome(reference, exact, [cotangent.double() for cotangent in cotangents], **options)
-    textbook = outcome(reference, tensors, cotangents, **options)
-    actual = outcome(getattr(rk.ops, operator), tensors, cotangents, **options)
+    doubles, double_options = [exact(tensor) for tensor in tensors], {k: exact(v) for k, v in options.items()}
+    with torch.no_grad():
+        cotangents = [torch.randn_like(result).to(dtype) for result in reference(*doubles, **double_options)]
+    double_cotangents = [cotangent.double() for cotangent in cotangents]
+    expected = outcome(reference, operator, doubles, double_cotangents, **double_options)
+    textbook = outcome(reference, operator, tensors, cotangents, **options)
+    actual = outcome(getattr(rk.ops, operator), operator, tensors, cotangents, **options)
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
-        assert value.dtype == dtype
-        assert value.shape == expected[name].shape
+        assert value.dtype == dtype, name
+        assert value.shape == expected[name].shape, name
         error = relative_error(value, expected[name])
         bound = tolerance + 4 * relative_error(textbook[name], expected[name])
         assert error <= bound, f"{name}: relative error {error:.2e} exceeds {bound:.2e}"

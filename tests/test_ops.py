@@ -16,7 +16,7 @@ RNN_OPTIONS = [
     for nonlinearity, reverse in itertools.product(rk.ops.NONLINEARITIES, (False, True))
 ]
 OPTIONS = [*RNN_OPTIONS, {"operator": "gru", "reverse": False}, {"operator": "gru", "reverse": True}]
-OPERATORS = list(GATES)
+OPERATORS = ["rnn", "gru"]
 LENGTHS = (None, "sorted", "unsorted")
 
 
