@@ -340,7 +340,6 @@ class SGD(_Fused, torch.optim.SGD):
 
     def _launch(self, kernels, group, tensors, shared):
         momentum, dampening = group["momentum"], group["dampening"]
-        options = ("nesterov",) if group["nesterov"] else ()
         if momentum == 0:
             kernels.step("sgd", tensors.params, tensors.grads, (), None, **shared)
             return
@@ -358,7 +357,8 @@ class SGD(_Fused, torch.optim.SGD):
                     [tensors.grads[i] for i in chosen],
                     [[buffers[i] for i in chosen]],
                     None,
-                    options=("first", *options) if first else options,
+                    first=first,
+                    nesterov=group["nesterov"],
                     momentum=momentum,
                     dampening=dampening,
                     **shared,
@@ -598,9 +598,8 @@ class RMSprop(_Fused, torch.optim.RMSprop):
         return ("square_avg", *(name for name, wanted in optional.items() if wanted))
 
     def _own(self, group):
-        options = ("centered",) if group["centered"] else ()
-        alpha = group["alpha"]
-        return {"eps": group["eps"], "momentum": group["momentum"], "betas": (0.0, alpha), "options": options}
+        names = ("eps", "momentum", "centered")
+        return {**{name: group[name] for name in names}, "betas": (0.0, group["alpha"])}
 
     def _plain(self, group, tensors):
         columns = dict(zip(self._buffers(group), tensors.states, strict=True))

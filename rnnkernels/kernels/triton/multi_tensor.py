@@ -449,7 +449,9 @@ def step_block(
     bias_1,
     bias_2_root,
     RULE: tl.constexpr,
-    OPTIONS: tl.constexpr,
+    FIRST: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    CENTERED: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     DECAY: tl.constexpr,
@@ -476,11 +478,11 @@ def step_block(
         third = read(state_2, offsets, remaining, MASKED)
 
     if RULE == "sgd":
-        p, first = sgd(p, g, first, lr, momentum, rest_1, "first" in OPTIONS, STATES > 0, "nesterov" in OPTIONS)
+        p, first = sgd(p, g, first, lr, momentum, rest_1, FIRST, STATES > 0, NESTEROV)
     elif RULE == "adagrad":
         p, first = adagrad(p, g, first, lr, eps)
     elif RULE == "rmsprop":
-        if "centered" in OPTIONS:
+        if CENTERED:
             p, first, second, third = rmsprop(
                 p, g, first, second, third, lr, eps, momentum, decay_2, rest_2, True, STATES > 2
             )
@@ -520,7 +522,9 @@ def step_kernel(
     log_2,
     lr_decay,
     RULE: tl.constexpr,
-    OPTIONS: tl.constexpr,
+    FIRST: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    CENTERED: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     LR_IS_TENSOR: tl.constexpr,
@@ -562,16 +566,16 @@ def step_kernel(
         for _ in range(0, CHUNK, BLOCK):
             step_block(
                 param, grad, state_0, state_1, state_2, offsets, remaining, by, rate, weight_decay, eps, momentum,
-                rest_1, decay_2, rest_2, bias_1, bias_2_root, RULE, OPTIONS, MAXIMIZE, HAS_FACTOR, DECAY, STATES,
-                False,
+                rest_1, decay_2, rest_2, bias_1, bias_2_root, RULE, FIRST, NESTEROV, CENTERED, MAXIMIZE, HAS_FACTOR,
+                DECAY, STATES, False,
             )  # fmt: skip
             offsets += BLOCK
     else:
         for _ in range(0, remaining.to(tl.int32), BLOCK):
             step_block(
                 param, grad, state_0, state_1, state_2, offsets, remaining, by, rate, weight_decay, eps, momentum,
-                rest_1, decay_2, rest_2, bias_1, bias_2_root, RULE, OPTIONS, MAXIMIZE, HAS_FACTOR, DECAY, STATES,
-                True,
+                rest_1, decay_2, rest_2, bias_1, bias_2_root, RULE, FIRST, NESTEROV, CENTERED, MAXIMIZE, HAS_FACTOR,
+                DECAY, STATES, True,
             )  # fmt: skip
             offsets += BLOCK
 
@@ -588,7 +592,9 @@ def step(
     weight_decay: float = 0.0,
     decoupled: bool = False,
     maximize: bool = False,
-    options: Sequence[str] = (),
+    first: bool = False,
+    nesterov: bool = False,
+    centered: bool = False,
     eps: float = 0.0,
     momentum: float = 0.0,
     dampening: float = 0.0,
@@ -598,15 +604,16 @@ def step(
     """One step of ``rule``, in place, on tensors of one device.
 
     ``states`` holds, for each buffer of the rule, one tensor a parameter: the momentum of ``"sgd"``, the sum of
-    ``"adagrad"``, the mean square of ``"rmsprop"``, with the mean of ``"centered"`` and the momentum after it, and the
+    ``"adagrad"``, the mean square of ``"rmsprop"``, with the mean if ``centered`` and the momentum after it, and the
     mean, the mean square and its maximum of ``"adam"``. ``steps``, float32 tensors of one element, have been counted up
-    already. ``factor``, a tensor of one element, multiplies every gradient. ``options`` may name ``"first"``
-    (momentum begins with this gradient), ``"nesterov"`` and ``"centered"``.
+    already. ``factor``, a tensor of one element, multiplies every gradient. ``first``: momentum begins with this
+    gradient.
     """
     logs = [math.log(beta) if beta > 0 else -math.inf for beta in betas]
     # What is left of one is formed in float64: in float32 it would lose four digits.
     rest_1 = 1 - (dampening if rule == "sgd" else betas[0])
     counts = [] if steps is None else [steps]
+    lr = lr if isinstance(lr, Tensor) else float(lr)
     decay = "none" if weight_decay == 0 else "decoupled" if decoupled else "gradient"
     for columns in by_type(params, grads, *states, *counts):
         Launch(*columns)(
@@ -614,7 +621,7 @@ def step(
             lr if factor is None else factor,
             lr,
             float(weight_decay),
-            eps,
+            float(eps),
             float(momentum),
             float(rest_1),
             float(betas[1]),
@@ -623,7 +630,9 @@ def step(
             logs[1],
             float(lr_decay),
             RULE=rule,
-            OPTIONS=tuple(options),
+            FIRST=first,
+            NESTEROV=nesterov,
+            CENTERED=centered,
             MAXIMIZE=maximize,
             HAS_FACTOR=factor is not None,
             LR_IS_TENSOR=isinstance(lr, Tensor),
