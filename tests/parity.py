@@ -38,7 +38,8 @@ def arguments(
 ):
     """Random tensors for an operator, exact in ``dtype``, scaled so that the state neither dies nor explodes.
 
-    With ``state_size``, the LSTM's projection to so many features comes last. What is absent is None, or left off the end.
+    With ``state_size``, the LSTM's projection to so many features comes last. Absent tensors are None, or left off the
+    end.
     """
     rows, state = GATES[operator] * hidden_size, state_size or hidden_size
     shapes = {

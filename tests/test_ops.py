@@ -7,7 +7,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from parity import GATES, NAMES, arguments, assert_parity, random_lengths
+from parity import GATES, NAMES, arguments, assert_parity, names_of, random_lengths
 
 import rnnkernels as rk
 
@@ -15,8 +15,11 @@ RNN_OPTIONS = [
     {"operator": "rnn", "nonlinearity": nonlinearity, "reverse": reverse}
     for nonlinearity, reverse in itertools.product(rk.ops.NONLINEARITIES, (False, True))
 ]
-OPTIONS = [*RNN_OPTIONS, {"operator": "gru", "reverse": False}, {"operator": "gru", "reverse": True}]
-OPERATORS = ["rnn", "gru"]
+OTHER_OPTIONS = [
+    {"operator": o, "reverse": reverse} for o, reverse in itertools.product(("gru", "lstm"), (False, True))
+]
+OPTIONS = [*RNN_OPTIONS, *OTHER_OPTIONS]
+OPERATORS = list(GATES)
 LENGTHS = (None, "sorted", "unsorted")
 
 
@@ -72,183 +75,251 @@ def test_opcheck(bias, order, operator):
     lengths = order and random_lengths(3, 5, order)
     options = (lengths, "tanh", False, "eager") if operator == "rnn" else (lengths, False, "eager")
     torch.library.opcheck(getattr(torch.ops.rnnkernels, operator).default, (*tensors, *options))
-    detached = [tensor.detach() for tensor in tensors[:4]]
+    detached = [tensor.detach() for tensor in tensors[:-2]]
     grads = torch.randn(5, 3, 4), torch.randn(3, 4), torch.randn(5, 3, 4)
     needs = [True, False, True, False, bias]
     if operator == "gru":
         grads, needs = (*grads, torch.rand(5, 3, 16)), [*needs, True]
+    if operator == "lstm":
+        grads = grads[0], grads[1], torch.randn(3, 4), grads[2], torch.rand(5, 3, 16), torch.randn(5, 3, 4)
+        needs = [True, False, True, bias]
     backward = getattr(torch.ops.rnnkernels, f"{operator}_backward").default
     torch.library.opcheck(backward, (*grads, *detached, *options, needs))
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+@pytest.mark.parametrize("reverse", [False, True])
+def test_opcheck_of_the_lstm_on_onednn(reverse):
+    tensors = arguments(5, 3, 2, 4, torch.float32, operator="lstm")
+    torch.library.opcheck(torch.ops.rnnkernels.lstm_onednn.default, (*tensors, reverse))
+    cotangents = torch.randn(5, 3, 4), torch.randn(3, 4), torch.randn(3, 4)
+    detached = [tensor.detach() for tensor in tensors]
+    torch.library.opcheck(torch.ops.rnnkernels.lstm_onednn_backward.default, (*cotangents, *detached, reverse))
+    assert_parity(tensors, 5e-6, "lstm", reverse=reverse)
+    compiled = torch.ops.rnnkernels.lstm_onednn(*tensors, reverse)
+    eager = rk.ops.lstm(*tensors, reverse=reverse)
+    for a, b in zip(both(compiled, tensors, cotangents), both(eager, tensors, cotangents), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def both(results, tensors, cotangents):
+    """Results and gradients in one list."""
+    return [*results, *torch.autograd.grad(results, tensors, cotangents, create_graph=True)]
+
+
+@pytest.mark.parametrize("order", LENGTHS)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN:UserWarning")
+def test_the_lstm_without_onednn_matches_the_reference(bias, reverse, order):
+    tensors = arguments(9, 5, 3, 17, torch.float32, bias=bias, operator="lstm")
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert_parity(tensors, 5e-6, "lstm", **with_lengths({"reverse": reverse}, order, 5, 9))
+
+
+@pytest.mark.parametrize("order", LENGTHS)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_second_gradients_in_float32_are_the_references(operator, order):
+    tensors = arguments(4, 3, 2, 5, torch.float32, operator=operator)
+    options = with_lengths({}, order, 3, 4)
+    seconds = []
+    for module in (rk.ops, rk.reference):
+        results = getattr(module, operator)(*tensors, **options)
+        torch.manual_seed(1)
+        cotangents = [torch.randn_like(result) for result in results]
+        first = torch.autograd.grad(results, tensors, cotangents, create_graph=True)
+        seconds.append(torch.autograd.grad(sum(g.square().sum() for g in first), tensors))
+    for a, b in zip(*seconds, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("biases", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_without_gradients_the_results_are_the_same(operator, biases, reverse):
-    tensors = arguments(6, 3, 4, 5, torch.float64, operator=operator)
-    tensors[4:] = [bias if kept else None for bias, kept in zip(tensors[4:], biases, strict=True)]
+def test_without_gradients_the_results_are_the_same(operator, dtype, biases, reverse):
+    tensors = arguments(6, 3, 4, 5, dtype, operator=operator)
+    tensors[-2:] = [bias if kept else None for bias, kept in zip(tensors[-2:], biases, strict=True)]
     with torch.no_grad():
         actual = getattr(rk.ops, operator)(*tensors, reverse=reverse)
     assert not actual[0].requires_grad
     torch.testing.assert_close(actual, getattr(rk.reference, operator)(*tensors, reverse=reverse))
 
 
-@pytest.mark.parametrize("wanted", range(6))
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_each_gradient_can_be_asked_for_alone(wanted, operator):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("operator", "wanted"), [(o, n) for o in OPERATORS for n in range(6 + (o == "lstm"))])
+def test_each_gradient_can_be_asked_for_alone(operator, wanted, dtype):
     function = getattr(rk.ops, operator)
-    tensors = arguments(6, 3, 4, 5, torch.float64, operator=operator)
-    output, h_n = function(*tensors)
-    cotangents = torch.randn_like(output), torch.randn_like(h_n)
-    expected = torch.autograd.grad((output, h_n), tensors[wanted], cotangents)[0]
+    tensors = arguments(6, 3, 4, 5, dtype, operator=operator)
+    results = function(*tensors)
+    cotangents = [torch.randn_like(result) for result in results]
+    expected = torch.autograd.grad(results, tensors[wanted], cotangents)[0]
     alone = [tensor.detach().requires_grad_(i == wanted) for i, tensor in enumerate(tensors)]
-    output, h_n = function(*alone)
-    torch.autograd.backward((output, h_n), cotangents)
+    torch.autograd.backward(function(*alone), cotangents)
     assert torch.equal(alone[wanted].grad, expected)
     assert all(tensor.grad is None for i, tensor in enumerate(alone) if i != wanted)
 
 
 @pytest.mark.parametrize("missing", ["bias_ih", "bias_hh"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_either_bias_can_be_left_out(missing, operator):
-    named = dict(zip(NAMES, arguments(4, 3, 2, 5, torch.float64, operator=operator), strict=True))
+def test_either_bias_can_be_left_out(operator, dtype, missing):
+    named = dict(zip(names_of(operator), arguments(4, 3, 2, 5, dtype, operator=operator), strict=False))
     del named[missing]
     results = [getattr(module, operator)(**named) for module in (rk.ops, rk.reference)]
     cotangents = [torch.randn_like(result) for result in results[0]]
     torch.testing.assert_close(*results)
     gradients = [torch.autograd.grad(result, tuple(named.values()), cotangents) for result in results]
-    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_a_gradient_of_one_result_alone(operator):
     tensors = arguments(6, 3, 4, 5, torch.float64, operator=operator)
-    output, h_n = getattr(rk.ops, operator)(*tensors)
-    expected_output, expected_h_n = getattr(rk.reference, operator)(*tensors)
-    cotangent = torch.randn_like(output)
-    for got, expected in ((output, expected_output), (h_n, expected_h_n)):
-        cotangent = torch.randn_like(got)
-        pairs = (torch.autograd.grad(result, tensors, cotangent, retain_graph=True) for result in (got, expected))
-        for a, b in zip(*pairs, strict=True):
+    results, expected = (getattr(module, operator)(*tensors) for module in (rk.ops, rk.reference))
+    for pair in zip(results, expected, strict=True):
+        cotangent = torch.randn_like(pair[0])
+        gradients = (torch.autograd.grad(result, tensors, cotangent, retain_graph=True) for result in pair)
+        for a, b in zip(*gradients, strict=True):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("order", [None, "unsorted"])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_backward_twice_gives_the_same_bits_and_changes_nothing(operator):
+def test_backward_twice_gives_the_same_bits_and_changes_nothing(operator, order):
     tensors = arguments(9, 3, 4, 5, torch.float32, operator=operator)
     before = [tensor.detach().clone() for tensor in tensors]
-    lengths = random_lengths(3, 9)
-    output, h_n = getattr(rk.ops, operator)(*tensors, lengths=lengths)
-    results = output.detach().clone(), h_n.detach().clone()
-    cotangents = torch.randn_like(output), torch.randn_like(h_n)
+    options = with_lengths({}, order, 3, 9)
+    results = getattr(rk.ops, operator)(*tensors, **options)
+    copies = [result.detach().clone() for result in results]
+    cotangents = [torch.randn_like(result) for result in results]
     kept = [cotangent.clone() for cotangent in cotangents]
-    first = torch.autograd.grad((output, h_n), tensors, cotangents, retain_graph=True)
-    second = torch.autograd.grad((output, h_n), tensors, cotangents)
-    again = getattr(rk.ops, operator)(*tensors, lengths=lengths)
+    first = torch.autograd.grad(results, tensors, cotangents, retain_graph=True)
+    second = torch.autograd.grad(results, tensors, cotangents)
+    again = getattr(rk.ops, operator)(*tensors, **options)
     for a, b in zip(
-        (*first, *tensors, *cotangents, output, h_n, *again), (*second, *before, *kept, *results, *results), strict=True
+        (*first, *tensors, *cotangents, *results, *again), (*second, *before, *kept, *copies, *copies), strict=True
     ):
         assert torch.equal(a, b)
 
 
-def test_the_gradients_of_both_biases_do_not_share_memory():
-    tensors = arguments(3, 2, 2, 2, torch.float32)
-    output, _ = rk.ops.rnn(*tensors)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_gradients_of_both_biases_do_not_share_memory(operator):
+    tensors = arguments(3, 2, 2, 2, torch.float64, operator=operator)
+    output = getattr(rk.ops, operator)(*tensors)[0]
     *_, grad_ih, grad_hh = torch.autograd.grad(output, tensors, torch.randn_like(output))
-    assert torch.equal(grad_ih, grad_hh)
+    assert torch.equal(grad_ih, grad_hh) == (operator != "gru")
     assert grad_ih.data_ptr() != grad_hh.data_ptr()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_any_memory_layout_will_do(operator):
-    tensors = arguments(6, 3, 4, 5, torch.float64, operator=operator)
+def test_any_memory_layout_will_do(operator, dtype):
+    bounds = {} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
+    tensors = arguments(6, 3, 4, 5, dtype, operator=operator)
     expected = getattr(rk.ops, operator)(*tensors, lengths=torch.tensor([2, 6, 4]))
     cotangents = [torch.randn_like(result) for result in expected]
     expected_gradients = torch.autograd.grad(expected, tensors, cotangents)
     scattered = [tensor.detach().repeat_interleave(2, dim=-1)[..., ::2].requires_grad_() for tensor in tensors]
-    scattered[3] = tensors[3].detach().t().contiguous().t().requires_grad_()
+    recurrent = names_of(operator).index("weight_hh")
+    scattered[recurrent] = tensors[recurrent].detach().t().contiguous().t().requires_grad_()
     results = getattr(rk.ops, operator)(*scattered, lengths=torch.tensor([2, 0, 6, 0, 4, 0])[::2])
-    transposed = [cotangents[0].transpose(0, 1).contiguous().transpose(0, 1), cotangents[1]]
+    transposed = [cotangents[0].transpose(0, 1).contiguous().transpose(0, 1), *cotangents[1:]]
     gradients = torch.autograd.grad(results, scattered, transposed)
     for a, b in zip((*results, *gradients), (*expected, *expected_gradients), strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, **bounds)
     # An expanded cotangent, as from output.sum(), has strides of zero.
-    output, _ = getattr(rk.ops, operator)(*tensors)
-    expanded = torch.autograd.grad(output, tensors, torch.ones(()).double().expand_as(output))
-    output, _ = getattr(rk.reference, operator)(*tensors)
-    for a, b in zip(expanded, torch.autograd.grad(output, tensors, torch.ones_like(output)), strict=True):
-        torch.testing.assert_close(a, b)
+    for leaves in (tensors, scattered):
+        output = getattr(rk.ops, operator)(*leaves)[0]
+        expanded = torch.autograd.grad(output, leaves, torch.ones((), dtype=dtype).expand_as(output))
+        output = getattr(rk.reference, operator)(*tensors)[0]
+        for a, b in zip(expanded, torch.autograd.grad(output, tensors, torch.ones_like(output)), strict=True):
+            torch.testing.assert_close(a, b, **bounds)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_an_empty_batch(operator):
+@pytest.mark.parametrize("lengths", [None, torch.ones(0, dtype=torch.int64)])
+def test_an_empty_batch(lengths, operator):
     tensors = arguments(4, 0, 3, 2, torch.float32, operator=operator)
-    output, h_n = getattr(rk.ops, operator)(*tensors)
-    assert output.shape == (4, 0, 2)
-    assert h_n.shape == (0, 2)
-    gradients = torch.autograd.grad((output, h_n), tensors, (torch.randn_like(output), torch.randn_like(h_n)))
+    results = getattr(rk.ops, operator)(*tensors, lengths=lengths)
+    assert [result.shape for result in results] == [(4, 0, 2), *[(0, 2)] * (len(results) - 1)]
+    gradients = torch.autograd.grad(results, tensors, [torch.randn_like(result) for result in results])
     assert all(not gradient.any() for gradient in gradients)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_and_infinity_pass_through(value):
-    tensors = arguments(6, 3, 4, 5, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("options", [o for o in OPTIONS if not o["reverse"]], ids=str)
+def test_nan_and_infinity_pass_through(options, dtype, value):
+    options = dict(options)
+    operator = options.pop("operator")
+    tensors = arguments(6, 3, 4, 5, dtype, operator=operator)
     with torch.no_grad():
         tensors[0][2, 1, 0] = value
-    for nonlinearity in rk.ops.NONLINEARITIES:
-        actual = rk.ops.rnn(*tensors, nonlinearity=nonlinearity)
-        expected = rk.reference.rnn(*tensors, nonlinearity=nonlinearity)
-        torch.testing.assert_close(actual, expected, equal_nan=True)
-        assert actual[0][:, [0, 2]].isfinite().all()
-        gradients = (
-            torch.autograd.grad(output, tensors[0], torch.ones_like(output))[0] for output, _ in (actual, expected)
-        )
-        torch.testing.assert_close(*gradients, equal_nan=True)
+    actual, expected = (getattr(module, operator)(*tensors, **options) for module in (rk.ops, rk.reference))
+    torch.testing.assert_close(actual, expected, equal_nan=True)
+    assert actual[0][:, [0, 2]].isfinite().all()
+    gradients = (
+        torch.autograd.grad(results[0], tensors[0], torch.ones_like(results[0]))[0] for results in (actual, expected)
+    )
+    torch.testing.assert_close(*gradients, equal_nan=True)
 
 
-def test_more_than_65535_steps():
-    tensors = [tensor.detach() for tensor in arguments(70_001, 1, 1, 2, torch.float64)]
-    output, h_n = rk.ops.rnn(*tensors)
-    expected, _ = rk.reference.rnn(tensors[0][-300:], output[-301], *tensors[2:])
-    torch.testing.assert_close(output[-300:], expected)
-    assert torch.equal(h_n, output[-1])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_more_than_65535_steps(operator):
+    tensors = [tensor.detach() for tensor in arguments(70_001, 1, 1, 2, torch.float64, operator=operator)]
+    output, *last = getattr(rk.ops, operator)(*tensors)
+    assert torch.equal(last[0], output[-1])
+    if operator != "lstm":
+        expected, _ = getattr(rk.reference, operator)(tensors[0][-300:], output[-301], *tensors[2:])
+        torch.testing.assert_close(output[-300:], expected)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_reverse_is_the_flipped_sequence(operator):
     tensors = arguments(6, 3, 4, 5, torch.float64, operator=operator)
-    output, h_n = getattr(rk.ops, operator)(*tensors, reverse=True)
-    flipped, last = getattr(rk.ops, operator)(tensors[0].flip(0), *tensors[1:])
+    output, *last = getattr(rk.ops, operator)(*tensors, reverse=True)
+    flipped, *expected = getattr(rk.ops, operator)(tensors[0].flip(0), *tensors[1:])
     torch.testing.assert_close(output, flipped.flip(0))
-    torch.testing.assert_close(h_n, last)
+    torch.testing.assert_close(last, expected)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("reverse", [False, True])
-def test_a_padded_sequence_is_its_shorter_self(reverse, operator):
-    tensors = arguments(6, 3, 4, 5, torch.float64, operator=operator)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_padded_sequence_is_its_shorter_self(dtype, reverse, operator):
+    tensors = arguments(6, 3, 4, 5, dtype, operator=operator)
+    states = names_of(operator).index("weight_ih")
     lengths = torch.tensor([4, 6, 1])
-    output, h_n = getattr(rk.ops, operator)(*tensors, lengths=lengths, reverse=reverse)
+    output, *last = getattr(rk.ops, operator)(*tensors, lengths=lengths, reverse=reverse)
     for b, length in enumerate(lengths):
-        alone, last = getattr(rk.ops, operator)(
-            tensors[0][:length, b : b + 1], tensors[1][b : b + 1], *tensors[2:], reverse=reverse
+        alone, *expected = getattr(rk.ops, operator)(
+            tensors[0][:length, b : b + 1],
+            *(state[b : b + 1] for state in tensors[1:states]),
+            *tensors[states:],
+            reverse=reverse,
         )
         torch.testing.assert_close(output[:length, b : b + 1], alone)
-        torch.testing.assert_close(h_n[b : b + 1], last)
+        torch.testing.assert_close([state[b : b + 1] for state in last], expected)
         assert not output[length:, b].any()
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("reverse", [False, True])
-def test_a_gradient_in_the_padding_goes_nowhere(reverse, operator):
-    tensors = arguments(6, 3, 4, 5, torch.float64, operator=operator)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_the_padding_holds_goes_nowhere(dtype, reverse, operator):
+    tensors = arguments(6, 3, 4, 5, dtype, operator=operator)
     lengths = torch.tensor([4, 6, 1])
-    output, _ = getattr(rk.ops, operator)(*tensors, lengths=lengths, reverse=reverse)
-    cotangent = torch.randn_like(output)
-    expected = torch.autograd.grad(output, tensors, cotangent, retain_graph=True)
+    results = getattr(rk.ops, operator)(*tensors, lengths=lengths, reverse=reverse)
+    cotangents = [torch.randn_like(result) for result in results]
+    expected = [*results, *torch.autograd.grad(results, tensors, cotangents)]
+    input = tensors[0].detach().clone()
     for b, length in enumerate(lengths):
-        cotangent[length:, b] = float("nan")
-    for a, b in zip(torch.autograd.grad(output, tensors, cotangent), expected, strict=True):
+        cotangents[0][length:, b] = float("nan")
+        input[length:, b] = 1e6
+    tensors[0] = input.requires_grad_()
+    results = getattr(rk.ops, operator)(*tensors, lengths=lengths, reverse=reverse)
+    for a, b in zip((*results, *torch.autograd.grad(results, tensors, cotangents)), expected, strict=True):
         assert torch.equal(a, b)
 
 
@@ -269,11 +340,11 @@ def test_compiles_without_graph_breaks(operator):
 def test_autocast_runs_in_its_type_and_keeps_the_weights_type(operator):
     tensors = arguments(5, 3, 2, 4, torch.float32, operator=operator)
     with torch.autocast("cpu", torch.bfloat16):
-        output, h_n = getattr(rk.ops, operator)(*tensors)
-    assert output.dtype == h_n.dtype == torch.bfloat16
-    gradients = torch.autograd.grad(output, tensors, torch.randn_like(output))
+        results = getattr(rk.ops, operator)(*tensors)
+    assert {result.dtype for result in results} == {torch.bfloat16}
+    gradients = torch.autograd.grad(results[0], tensors, torch.randn_like(results[0]))
     assert {gradient.dtype for gradient in gradients} == {torch.float32}
-    torch.testing.assert_close(output.float(), getattr(rk.reference, operator)(*tensors)[0], atol=3e-2, rtol=0)
+    torch.testing.assert_close(results[0].float(), getattr(rk.reference, operator)(*tensors)[0], atol=3e-2, rtol=0)
 
 
 BAD = {
@@ -328,3 +399,45 @@ def test_the_gru_wants_three_rows_a_unit():
     for name, shape in (("weight_ih", (12, 2)), ("weight_hh", (12, 4)), ("bias_ih", (12,)), ("bias_hh", (12,))):
         with pytest.raises(ValueError, match=f"^{name}: expected shape .12"):
             rk.ops.gru(**{**good, name: torch.zeros(4, *shape[1:])})
+
+
+BAD_STATES = {
+    "c_0": [
+        (TypeError, "Tensor, got NoneType", None),
+        (ValueError, r"\(3, 4\), got \(3, 5\)", torch.randn(3, 5)),
+        (ValueError, r"\(3, 4\), got \(2, 4\)", torch.randn(2, 4)),
+        (TypeError, "dtype torch.float32, as input has, got torch.float64", torch.randn(3, 4).double()),
+    ],
+    "weight_ih": [(ValueError, r"\(16, 2\), got \(4, 2\)", torch.randn(4, 2))],
+    "weight_hh": [(ValueError, r"\(16, 4\), got \(12, 4\)", torch.randn(12, 4))],
+    "bias_ih": [(ValueError, r"\(16\), got \(12,\)", torch.randn(12))],
+    "bias_hh": [(ValueError, r"\(16\), got \(4,\)", torch.randn(4))],
+    "weight_peephole": [(ValueError, r"\(3, 4\), got \(4,\)", torch.randn(4)), (TypeError, "Tensor, got bool", True)],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message", "value"), [(name, *case) for name, cases in BAD_STATES.items() for case in cases]
+)
+def test_bad_input_of_the_lstm_is_refused_by_name(name, error, message, value):
+    good = dict(zip(names_of("lstm"), arguments(5, 3, 2, 4, torch.float32, operator="lstm"), strict=False))
+    with pytest.raises(error, match=f"^{name}: expected.*{message}"):
+        rk.ops.lstm(**{**good, name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("h_0", torch.randn(3, 4), r"^weight_hh: expected shape \(20, 4\), got \(20, 2\)"),
+        ("c_0", torch.randn(3, 4), r"^weight_ih: expected shape \(16, 2\)"),
+        ("weight_hr", torch.randn(5, 2), r"^weight_hr: expected shape \(2, 5\), got \(5, 2\)"),
+        ("weight_hr", None, r"^c_0: expected shape \(3, 2\), got \(3, 5\)"),
+        ("norm_cell_weight", torch.ones(5), "^norm_cell_bias: expected a Tensor, as norm_cell_weight and"),
+        ("norm_cell_bias", torch.ones(5), "^norm_cell_weight: expected a Tensor, as norm_cell_weight and"),
+    ],
+)
+def test_bad_input_of_the_projected_lstm_is_refused_by_name(name, value, message):
+    tensors = arguments(5, 3, 2, 5, torch.float32, operator="lstm", state_size=2)
+    good = dict(zip(names_of("lstm"), tensors, strict=True))
+    with pytest.raises(ValueError, match=message):
+        rk.ops.lstm(**{**good, name: value})
