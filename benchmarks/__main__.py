@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: a table of rnnkernels beside ``torch.nn`` on this machine."""
+"""``python -m benchmarks``: a table of rnnkernels beside PyTorch on this machine."""
 
 import argparse
 import math
@@ -11,10 +11,11 @@ import torch
 
 from benchmarks import records, runner
 from benchmarks.cases import Case, cases
+from benchmarks.training import TrainingCase
 
 
 def run(
-    selected: list[Case],
+    selected: list[Case | TrainingCase],
     device: torch.device,
     document: dict,
     path: Path | None = None,
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, run, and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Time rnnkernels beside torch.nn: medians and 20th to 80th percentiles of calls that take turns.",
+        description="Time rnnkernels beside PyTorch: medians and 20th to 80th percentiles of calls that take turns.",
         epilog="The exit code is 1 where results or gradients differ and, with --check, where a target is missed.",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")

@@ -4,6 +4,9 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from benchmarks import training
+from benchmarks.training import TrainingCase
+
 SHAPES = (
     (64, 32, 128, 256),
     (256, 16, 64, 128),
@@ -90,7 +93,7 @@ ARITHMETIC = (
 )
 
 
-def cases(device_type: str) -> list[Case]:
+def cases(device_type: str) -> list[Case | TrainingCase]:
     """The cases of a device, ``"cpu"`` or ``"cuda"``: those that matter most come first."""
     product = itertools.product
     declared = [Case(*shape, mode=mode, module=module) for module, mode, shape in product(MODULES, MODES, SHAPES)]
@@ -107,7 +110,7 @@ def cases(device_type: str) -> list[Case]:
         Case(*shape, mode=mode, module=module, **variant, **arithmetic)
         for arithmetic, module, variant, shape, mode in product(kinds, MODULES, VARIANTS, shapes, MODES)
     ]
-    return list(dict.fromkeys(declared))
+    return [*dict.fromkeys(declared), *training.cases(device_type)]
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class Target:
     """``"geometric mean"`` or ``"lowest"``."""
     at_least: float
     """The bound."""
-    applies: Callable[[Case], bool]
+    applies: Callable[[Case | TrainingCase], bool]
     """To which cases."""
     complete: int = 1
     """How many of them must have been measured for a verdict."""
@@ -134,5 +137,28 @@ TARGETS = (
         lambda case: case.plain and case.module == "RNN" and case.mode == "forward+backward",
         complete=len(SHAPES),
     ),
-    Target("never slower: lowest ratio of all cases, 5 % left for noise", "lowest", 0.95, lambda case: True),
+    Target(
+        "never slower: lowest ratio of all cases, 5 % left for noise",
+        "lowest",
+        0.95,
+        lambda case: getattr(case, "baseline", None) != "copy",
+    ),
 )
+
+TRAINING_TARGETS = (
+    Target(
+        "optimizers on a GPU, 100 tensors, beside PyTorch's fused steps, geometric mean",
+        "geometric mean",
+        1.2,
+        lambda case: isinstance(case, TrainingCase) and case.baseline == "fused" and case.tensors == 100,
+        complete=5,
+    ),
+    Target(
+        "optimizers on a GPU, 50M elements: the lowest share of the bandwidth of a copy",
+        "lowest",
+        0.9,
+        lambda case: isinstance(case, TrainingCase) and case.baseline == "copy",
+        complete=7,
+    ),
+)
+"""Promises about optimizers on a GPU, judged where such cases were measured."""

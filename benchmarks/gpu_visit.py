@@ -34,6 +34,7 @@ from torch import Tensor  # noqa: E402
 from benchmarks import __main__ as table  # noqa: E402
 from benchmarks import records, runner  # noqa: E402
 from benchmarks.cases import ARITHMETIC, Case, cases  # noqa: E402
+from benchmarks.training import TrainingCase  # noqa: E402
 from rnnkernels import _backend, ops, reference  # noqa: E402
 from rnnkernels.__main__ import LIMITS, OPERATORS, arithmetic, errors, relative_error  # noqa: E402
 
@@ -451,6 +452,7 @@ TINY = (
     Case(3, 2, 3, 4),
     Case(3, 2, 3, 4, mode="forward", module="GRU"),
     Case(4, 3, 2, 5, packed=True, bidirectional=True),
+    TrainingCase("Adam", 2),
 )
 
 

@@ -14,10 +14,12 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnnkernels
 from benchmarks import records
-from benchmarks.cases import TARGETS, Case
+from benchmarks.cases import TARGETS, TRAINING_TARGETS, Case
+from benchmarks.training import TrainingCase, sides
 from rnnkernels.__main__ import LIMITS, arithmetic, relative_error
 
 SIDES = ("torch.nn", "rnnkernels")
+TRAINING_SIDES = ("torch", "rnnkernels")
 
 BASELINE_SLACK = 10
 """``torch.nn`` may err this much more than rnnkernels: its sums of 16-bit gradients over many steps are inexact."""
@@ -192,57 +194,73 @@ def _errors(case: Case, functions: dict[str, Callable]) -> dict[str, float]:
     return errors
 
 
-def run_case(case: Case, device: torch.device, seconds: float, rounds: tuple[int, int]) -> dict:
+def _compared(case: Case | TrainingCase, device: torch.device) -> tuple[dict[str, Callable], dict, dict]:
+    """What is timed, by side, the baseline first; the relative error of each side, and what is allowed."""
+    if isinstance(case, TrainingCase):
+        functions, errors, allowed = sides(case, device)
+        return {side: functions[side] for side in TRAINING_SIDES}, errors, allowed
+    limit = LIMITS[arithmetic(getattr(torch, case.dtype), device)]
+    functions = _callables(case, device)
+    errors = _errors(case, functions)
+    del functions["exact"]
+    return functions, errors, {"torch.nn": BASELINE_SLACK * limit, "rnnkernels": limit}
+
+
+def run_case(case: Case | TrainingCase, device: torch.device, seconds: float, rounds: tuple[int, int]) -> dict:
     """Compare and time one case.
 
     Returns what a result file says of it. Times and ratios are there only where both sides agree with float64:
     ``status`` is ``"measured"`` then, and else ``"differs"``, or ``"failed"`` where one of them raised.
     """
-    result = {"name": case.name, **dataclasses.asdict(case), "status": "failed", "reason": None}
+    result = {**fields(case), "status": "failed", "reason": None}
     torch.manual_seed(0)
     try:
         with precision(case.precision):
-            limit = LIMITS[arithmetic(getattr(torch, case.dtype), device)]
-            functions = _callables(case, device)
-            errors = _errors(case, functions)
-            allowed = {"torch.nn": BASELINE_SLACK * limit, "rnnkernels": limit}
+            functions, errors, allowed = _compared(case, device)
             result |= {
                 "relative_error": {side: records.finite(error) for side, error in errors.items()},
                 "allowed_error": allowed,
             }
-            wrong = [side for side in SIDES if not errors[side] <= allowed[side]]  # NaN is wrong
+            wrong = [side for side in errors if not errors[side] <= allowed[side]]  # NaN is wrong
             if wrong:
                 came = " and ".join(f"{errors[side]:.1e} for {side} ({allowed[side]:.1e} allowed)" for side in wrong)
                 return result | {"status": "differs", "reason": f"relative error of {came}: no speed-up is reported"}
-            del functions["exact"]
             times = interleave(functions, clock(device), seconds, rounds)
     except Exception as error:  # one case that can't run must not lose the others
         return result | {"reason": f"{type(error).__name__}: {error}"}
-    milliseconds = {side: summarize(times[side]) for side in SIDES}
+    milliseconds = {side: summarize(of_side) for side, of_side in times.items()}
+    baseline, ours = milliseconds.values()
     return result | {
         "status": "measured",
         "milliseconds": milliseconds,
-        "ratio": milliseconds["torch.nn"]["median"] / milliseconds["rnnkernels"]["median"],
-        "ratio_of_minima": milliseconds["torch.nn"]["minimum"] / milliseconds["rnnkernels"]["minimum"],
+        "ratio": baseline["median"] / ours["median"],
+        "ratio_of_minima": baseline["minimum"] / ours["minimum"],
     }
 
 
-def skipped(case: Case, reason: str) -> dict:
+def fields(case: Case | TrainingCase) -> dict:
+    """What a result file says of the case itself."""
+    return {"name": case.name, "mode": case.mode, **dataclasses.asdict(case)}
+
+
+def case_of(result: dict) -> Case | TrainingCase:
+    """The case that :func:`fields` wrote down."""
+    kind = TrainingCase if "algorithm" in result else Case
+    return kind(**{field.name: result[field.name] for field in dataclasses.fields(kind)})
+
+
+def skipped(case: Case | TrainingCase, reason: str) -> dict:
     """What a result file says of a case that was not run."""
-    return {"name": case.name, **dataclasses.asdict(case), "status": "skipped", "reason": reason}
+    return {**fields(case), "status": "skipped", "reason": reason}
 
 
 def verdicts(results: list[dict]) -> list[dict]:
     """Each target with the value reached; ``met`` is None where the cases that it takes were not all measured."""
-    fields = [field.name for field in dataclasses.fields(Case)]
-    ratios = {
-        Case(**{name: result[name] for name in fields}): result["ratio"]
-        for result in results
-        if result["status"] == "measured"
-    }
+    ratios = [(case_of(result), result["ratio"]) for result in results if result["status"] == "measured"]
     found = []
-    for target in TARGETS:
-        values = [ratio for case, ratio in ratios.items() if target.applies(case)]
+    training = any(isinstance(case, TrainingCase) for case, _ in ratios)
+    for target in TARGETS + (TRAINING_TARGETS if training else ()):
+        values = [ratio for case, ratio in ratios if target.applies(case)]
         enough = len(values) >= target.complete
         combine = statistics.geometric_mean if target.statistic == "geometric mean" else min
         value = combine(values) if values else None
@@ -252,7 +270,7 @@ def verdicts(results: list[dict]) -> list[dict]:
 
 
 WIDTH = 74
-HEADER = f"{'case':{WIDTH}}  {'torch.nn, ms':>23}  {'rnnkernels, ms':>23}  {'ratio':>5}  minima"
+HEADER = f"{'case':{WIDTH}}  {'PyTorch, ms':>23}  {'rnnkernels, ms':>23}  {'ratio':>5}  minima"
 
 
 def row(result: dict) -> str:
@@ -264,7 +282,7 @@ def row(result: dict) -> str:
     def span(times):
         return f"{times['median']:.4g} ({times['percentile_20']:.4g}–{times['percentile_80']:.4g})"
 
-    columns = [f"{span(result['milliseconds'][side]):>23}" for side in SIDES]
+    columns = [f"{span(times):>23}" for times in result["milliseconds"].values()]
     return f"{name}  {columns[0]}  {columns[1]}  {result['ratio']:5.2f}  {result['ratio_of_minima']:6.2f}"
 
 

@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import __main__ as table  # noqa: E402
 from benchmarks import records, runner  # noqa: E402
 from benchmarks.cases import MODES, MODULES, SHAPES, Case, cases  # noqa: E402
+from benchmarks.training import STREAMS, TrainingCase  # noqa: E402
 
 CPU = torch.device("cpu")
 MOMENT = {"seconds": 0.0, "rounds": (2, 2)}
@@ -71,6 +72,22 @@ def test_declared_cases(device_type):
     assert kinds >= ({("bfloat16", "highest"), ("float32", "high")} if device_type == "cuda" else set())
 
 
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_declared_training_cases(device_type):
+    declared = [case for case in cases(device_type) if isinstance(case, TrainingCase)]
+    assert {case.algorithm for case in declared} >= {*rk.optim.__all__, "clip_grad_norm_", "clip_grad_value_"}
+    assert {case.baseline for case in declared} == {"foreach", *(("fused", "copy") if device_type == "cuda" else ())}
+    for case in declared:
+        assert len(case.sizes) == case.tensors in (1, 100)
+        if case.baseline == "copy":  # parameter, gradient, and each state: read and, but for the gradient, written
+            param = torch.nn.Parameter(torch.ones(3))
+            param.grad = torch.ones(3)
+            optimizer = getattr(rk.optim, case.algorithm)([param], **case.options)
+            optimizer.step()
+            states = sum(value.numel() == 3 for value in optimizer.state[param].values())
+            assert STREAMS[case.algorithm, " ".join(case.options)] == 3 + 2 * states
+
+
 # ---------------------------------------------------------------- comparison
 
 
@@ -87,6 +104,40 @@ def test_a_case_is_compared_and_measured(conform, module, case, options):
     assert all(0 < result["relative_error"][side] < 1e-6 for side in runner.SIDES)
     medians = {side: result["milliseconds"][side]["median"] for side in runner.SIDES}
     assert result["ratio"] == medians["torch.nn"] / medians["rnnkernels"]
+    conform(document(cases=[result], targets=runner.verdicts([result])))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options", "baseline"),
+    [
+        *((name, {}, "foreach") for name in rk.optim.__all__),
+        ("Adam", {}, "fused"),
+        ("Adam", {}, "copy"),
+        ("clip_grad_norm_", {"clips": True}, "foreach"),
+        ("clip_grad_norm_", {"clips": False}, "foreach"),
+        ("clip_grad_value_", {}, "foreach"),
+    ],
+)
+def test_a_training_case_is_compared_and_measured(conform, algorithm, options, baseline):
+    case = TrainingCase(algorithm, 5, options, baseline)
+    result = runner.run_case(case, CPU, **MOMENT)
+    assert result["status"] == "measured", result["reason"]
+    assert all(error < 1e-5 for error in result["relative_error"].values())
+    assert runner.case_of(result) == case
+    found = document(cases=[result, runner.skipped(case, "no time")], targets=runner.verdicts([result]))
+    assert len(found["targets"]) == 4
+    conform(found)
+
+
+def test_no_speed_up_is_reported_where_a_step_differs(monkeypatch, conform):
+    step = rk.optim.Adam.step
+    monkeypatch.setattr(
+        rk.optim.Adam,
+        "step",
+        lambda self: [p.data.mul_(1 + 1e-4) for p in self.param_groups[0]["params"]] and step(self),
+    )
+    result = runner.run_case(TrainingCase("Adam", 3), CPU, **MOMENT)
+    assert (result["status"], "ratio" in result) == ("differs", False)
     conform(document(cases=[result], targets=runner.verdicts([result])))
 
 
