@@ -2,7 +2,7 @@
 
 # Which Python to build .venv from, e.g. make PYTHON=python3.12; any from 3.10 will do
 PYTHON ?=
-# Tests and notebooks that run at the same time
+# Tests and chapters that run at the same time
 JOBS ?= 2
 EXTRAS := book,test,dev
 
@@ -25,7 +25,7 @@ MAKEFLAGS += --no-print-directory
 
 ##@ Read
 book: $(READY)                 ## execute the chapters and build the pages
-	@$(ONE_THREAD) $(PY) tools/build_book.py
+	@$(ONE_THREAD) $(PY) tools/build_book.py --jobs $(JOBS)
 
 lab: $(READY)                  ## open the chapters in JupyterLab
 	@$(PY) -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS) book

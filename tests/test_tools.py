@@ -10,7 +10,9 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "tools"
@@ -157,11 +159,16 @@ class TestServe:
         assert_sentence(run(sys.executable, TOOLS / "serve.py", tmp_path, port), f"PORT={port}")
 
 
+def load_build_book():
+    pytest.importorskip("jupyter_cache", reason="comes with jupyter-book")
+    return load("build_book")
+
+
 class TestBuildBook:
     @pytest.fixture
     def book(self, tmp_path, monkeypatch):
         """Return the module, working on a small project whose build is counted instead of done."""
-        module = load("build_book")
+        module = load_build_book()
         for name in ("book", "rnnkernels"):
             (tmp_path / name).mkdir()
         (tmp_path / "_config.yml").touch()
@@ -172,7 +179,8 @@ class TestBuildBook:
         monkeypatch.setattr(module, "BUILD", build)
         monkeypatch.setattr(module, "STATE", build / "state.json")
         monkeypatch.setattr(module, "INDEX", build / "html/index.html")
-        module.builds, module.status = [], 0
+        monkeypatch.setattr(module, "execute", lambda jobs: module.failed)
+        module.builds, module.status, module.failed = [], 0, []
 
         def build_book(command, cwd):
             assert {"-n", "-W", "--keep-going"} <= set(command)
@@ -230,3 +238,77 @@ class TestBuildBook:
         shutil.rmtree(book.BUILD / "html")
         book.main()
         assert book.builds == ["all", "some"]
+
+    def test_makes_no_page_where_a_chapter_failed(self, book, capsys):
+        book.failed = ["book/01_background.ipynb"]
+        assert book.main() == 1
+        assert book.builds == []
+        assert "Error: book/01_background.ipynb failed" in capsys.readouterr().err
+        book.failed = []
+        assert book.main() == 0
+
+
+class TestExecute:
+    """The chapters' execution, in real kernels."""
+
+    @pytest.fixture
+    def chapters(self, tmp_path, monkeypatch):
+        """Return the module, and a function that writes the code of a chapter of a small book."""
+        module = load_build_book()
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+        monkeypatch.setattr(module, "BUILD", tmp_path / "_build")
+        (tmp_path / "book").mkdir()
+        (tmp_path / "book/index.md").write_text("# A book")
+        (tmp_path / "book/beside.py").write_text("two = 2")
+        (tmp_path / "_config.yml").write_text("execute: {timeout: 30}")
+        (tmp_path / "_toc.yml").write_text(
+            "format: jb-book\nroot: book/index\nchapters:\n- file: book/01_a\n- file: book/02_b\n"
+        )
+
+        def write(name, code):
+            kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+            notebook = new_notebook(cells=[new_code_cell(code)], metadata={"kernelspec": kernel})
+            nbformat.write(notebook, tmp_path / f"book/{name}.ipynb")
+
+        return module, write
+
+    def test_runs_chapters_at_the_same_time_and_each_once(self, chapters, capsys):
+        module, write = chapters
+        # Each waits for the other, in its own folder; the count is one line for each execution.
+        meet = """
+import pathlib, time
+from beside import two
+with open("{own}", "a") as count: count.write("once\\n")
+end = time.monotonic() + 20
+while not pathlib.Path("{other}").exists():
+    assert time.monotonic() < end
+    time.sleep(0.02)
+print(two)"""
+        write("01_a", meet.format(own="a", other="b"))
+        write("02_b", meet.format(own="b", other="a"))
+        write("03_unlisted", "assert False")
+        assert module.execute(2) == []
+        assert "executed book/02_b.ipynb" in capsys.readouterr().out
+        cache = module.get_cache(module.BUILD / ".jupyter_cache")
+        for name in ("01_a", "02_b"):
+            notebook = nbformat.read(module.ROOT / f"book/{name}.ipynb", as_version=4)
+            assert cache.match_cache_notebook(notebook).data["execution_seconds"] > 0
+            assert cache.merge_match_into_notebook(notebook)[1].cells[0].outputs[0].text == "2\n"
+        write("02_b", meet.format(own="b", other="a") + " # changed")
+        assert module.execute(2) == []
+        assert capsys.readouterr().out == "executed book/02_b.ipynb (1 of 1)\n"
+        assert [len((module.ROOT / "book" / name).read_text().split()) for name in "ab"] == [1, 2]
+
+    def test_shows_the_error_of_a_chapter_and_keeps_the_others(self, chapters, capfd):
+        module, write = chapters
+        write("01_a", "x = 1")
+        write("02_b", "one = 1\nassert one == 2, 'not two'")
+        assert module.execute(1) == ["book/02_b.ipynb"]
+        shown = capfd.readouterr()
+        assert "book/02_b.ipynb" in shown.err
+        assert "AssertionError" in shown.err
+        assert "not two" in shown.err
+        assert module.execute(1) == ["book/02_b.ipynb"]
+        assert capfd.readouterr().out == "failed book/02_b.ipynb (1 of 1)\n"
+        write("02_b", "one = 2")
+        assert module.execute(1) == []

@@ -2,18 +2,26 @@
 
 Outputs of executed chapters are kept in ``_build/.jupyter_cache``, which looks up a chapter by its code alone. What
 that leaves out, the package and everything else that a chapter's code reads, is fingerprinted here; when it changes,
-every chapter is executed again. Pages are always rendered together, because one page can show another's numbers and
-titles.
+every chapter is executed again. The chapters that the cache lacks are executed a few at a time before any page is made.
+Pages are always rendered together, because one page can show another's numbers and titles.
 """
 
+import argparse
 import hashlib
 import json
+import multiprocessing
+import os
 import platform
 import shutil
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+
+import yaml
+from jupyter_cache import get_cache
+from jupyter_cache.executors.basic import ExecutionWorkerLocalMProc, ProcessData
+from sphinx_external_toc.parsing import parse_toc_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "_build"
@@ -42,7 +50,32 @@ def installed():
     return "\n".join([platform.python_version(), *versions])
 
 
-def main():
+def execute(jobs):
+    """Execute the chapters that the cache lacks, `jobs` at a time. Return those that failed, whose errors are shown.
+
+    Whatever succeeds is in the cache, where the build looks first.
+    """
+    cache = get_cache(BUILD / ".jupyter_cache")
+    listed = [str(ROOT / f"{document}.ipynb") for document in parse_toc_yaml(ROOT / "_toc.yml")]
+    listed = [path for path in listed if Path(path).exists()]
+    for path in listed:
+        cache.add_nb_to_project(path)
+    missing = sorted(cache.list_unexecuted(filter_uris=listed), key=lambda record: record.uri)
+    timeout = yaml.safe_load((ROOT / "_config.yml").read_text())["execute"]["timeout"]
+    tasks = [ProcessData(record.pk, record.uri, cache, timeout, allow_errors=False) for record in missing]
+    failed = []
+    if tasks:
+        with multiprocessing.Pool(min(jobs, len(tasks))) as pool:
+            executed = pool.imap_unordered(ExecutionWorkerLocalMProc(), tasks)
+            for count, (status, path) in enumerate(executed, start=1):
+                name = Path(path).relative_to(ROOT).as_posix()
+                print(f"{'failed' if status else 'executed'} {name} ({count} of {len(tasks)})", flush=True)
+                if status:
+                    failed.append(name)
+    return sorted(failed)
+
+
+def main(jobs=2):
     chapters = fingerprint(READ_BY_CHAPTERS, start=installed())
     pages = fingerprint(READ_BY_PAGES, start=chapters)
     state = json.loads(STATE.read_text()) if STATE.exists() else {}
@@ -58,6 +91,9 @@ def main():
         shutil.rmtree(BUILD / name, ignore_errors=True)
     # Written before the build: chapters that succeed are kept when a later one fails.
     STATE.write_text(json.dumps({"chapters": chapters}))
+    if failed := execute(jobs):
+        print(f"Error: {', '.join(failed)} failed, as shown above. make book tries again.", file=sys.stderr)
+        return 1
 
     jupyter_book = Path(sys.executable).with_name("jupyter-book")
     command = [jupyter_book, "build", ".", "-n", "-W", "--keep-going"]
@@ -70,7 +106,10 @@ def main():
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Execute the chapters that changed, and build the book's pages.")
+    default = min(2, os.cpu_count() or 1)
+    parser.add_argument("--jobs", type=int, default=default, help=f"chapters at a time (default: {default})")
     try:
-        sys.exit(main())
+        sys.exit(main(parser.parse_args().jobs))
     except KeyboardInterrupt:
         sys.exit(130)
