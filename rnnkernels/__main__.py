@@ -19,6 +19,7 @@ from torch import Tensor
 
 import rnnkernels
 from rnnkernels import _backend, ops, reference
+from rnnkernels.kernels.eager import random
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,14 +43,19 @@ def arithmetic(dtype: torch.dtype, device: torch.device) -> str:
     return f"{name} as TF32" if tf32 else name
 
 
+GATES = {"rnn": 1, "gru": 3, "lstm": 4}
+"""Recurrent operators, and how many rows of the weights a hidden unit has."""
+
+
 def recurrent_arguments(
-    gates: int, sequence_length: int, batch: int, input_size: int, hidden_size: int
+    operator: str, sequence_length: int, batch: int, input_size: int, hidden_size: int
 ) -> dict[str, Tensor]:
-    """Random arguments in float64, at the scale of ``torch.nn``'s initialization, for ``gates`` rows a hidden unit."""
-    scale, rows = hidden_size**-0.5, gates * hidden_size
+    """Random arguments of an operator in float64, at the scale of ``torch.nn``'s initialization."""
+    scale, rows = hidden_size**-0.5, GATES[operator] * hidden_size
+    states = ("h_0", "c_0") if operator == "lstm" else ("h_0",)
     return {
         "input": torch.randn(sequence_length, batch, input_size, dtype=torch.float64),
-        "h_0": torch.randn(batch, hidden_size, dtype=torch.float64),
+        **{name: torch.randn(batch, hidden_size, dtype=torch.float64) for name in states},
         "weight_ih": torch.empty(rows, input_size, dtype=torch.float64).uniform_(-scale, scale),
         "weight_hh": torch.empty(rows, hidden_size, dtype=torch.float64).uniform_(-scale, scale),
         "bias_ih": torch.empty(rows, dtype=torch.float64).uniform_(-scale, scale),
@@ -57,8 +63,43 @@ def recurrent_arguments(
     }
 
 
-OPERATORS = {"rnn": functools.partial(recurrent_arguments, 1), "gru": functools.partial(recurrent_arguments, 3)}
+OPERATORS = {operator: functools.partial(recurrent_arguments, operator) for operator in GATES}
 """Operators that are reported and checked, each with what makes its arguments."""
+
+
+Options = tuple[dict[str, Tensor], dict[str, object]]
+
+
+def options_of(operator: str, sequence_length: int, batch: int, hidden_size: int) -> dict[str, Options]:
+    """What an operator takes beyond ``torch.nn``, by name: weights that an option adds or changes, and arguments."""
+    rows, cell = GATES[operator] * hidden_size, (hidden_size,)
+
+    def weights(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
+        return {name: torch.rand(shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+    found: dict[str, Options] = {
+        "reset": ({}, {"reset": torch.rand(sequence_length, batch) < 0.2}),
+        "recurrent dropout": ({}, {"recurrent_dropout": 0.25, "seed": 3}),
+        "zoneout": ({}, {"zoneout": 0.25, "seed": 3}),
+        "layer norm": (weights(norm_hh=(rows,)), {}),
+        "clipped gradient": ({}, {"grad_clip": 1.0}),
+    }
+    if operator != "rnn":
+        found["layer norm"][0].update(weights(norm_ih=(rows,)))
+    if operator == "gru":
+        found["reset gate first"] = {}, {"reset_after": False}
+    if operator == "lstm":
+        found["zoneout"][1]["zoneout_cell"] = 0.25
+        found["layer norm"][0].update(weights(norm_cell_weight=cell, norm_cell_bias=cell))
+        found["peephole"] = weights(weight_peephole=(3, hidden_size)), {}
+        size = (hidden_size + 1) // 2
+        changed = weights(h_0=(batch, size), weight_hh=(rows, size), weight_hr=(size, hidden_size))
+        found["projection"] = {name: (value - 0.5) * size**-0.5 for name, value in changed.items()}, {}
+    every: Options = {}, {}
+    for added, given in found.values():
+        every[0].update(added)
+        every[1].update(given)
+    return {**found, "every option": every}
 
 
 def errors(operator: str, arguments: dict[str, Tensor], dtype: torch.dtype, device: torch.device, **options):
@@ -143,7 +184,7 @@ def _device_lines() -> Iterator[str]:
 
 
 def _implementations() -> Iterator[str]:
-    for operator in OPERATORS:
+    for operator in (*OPERATORS, "dropout"):
         for device in devices():
             names: dict[tuple[str, str], list[str]] = {}
             for dtype in DTYPES:
@@ -179,7 +220,7 @@ def _can_be_checked(device: torch.device, dtype: torch.dtype, backend: str) -> b
 
 def _cases() -> Iterator[tuple[str, torch.device, torch.dtype, str]]:
     """What can be checked here: operator, device, type, and the backend to select."""
-    for operator, device, dtype in itertools.product(OPERATORS, devices(), DTYPES):
+    for operator, device, dtype in itertools.product((*OPERATORS, "dropout"), devices(), DTYPES):
         backends = [_backend._selected]
         if device.type == "cpu" and _backend._selected == "auto" and _backend.interpreting():
             backends.append("triton")
@@ -188,23 +229,63 @@ def _cases() -> Iterator[tuple[str, torch.device, torch.dtype, str]]:
         )
 
 
+WITH_EVERY_OPTION = ", with every option"
+OPTIONS_SLACK = 2
+"""Normalization divides by a standard deviation, and with it what 16 bits have rounded away: this much more may err."""
+
+
+def _recurrence_errors(operator: str, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Relative errors of an operator in its plain form, reversed with lengths, and with every option, by name."""
+    arguments = OPERATORS[operator](sequence_length=9, batch=5, input_size=7, hidden_size=19)
+    lengths = torch.tensor([9, 3, 1, 9, 6])
+    weights, options = options_of(operator, sequence_length=9, batch=5, hidden_size=19)["every option"]
+    ways = {
+        "": (arguments, {}),
+        ", reversed with lengths": (arguments, {"reverse": True, "lengths": lengths}),
+        WITH_EVERY_OPTION: (arguments | weights, options | {"lengths": lengths}),
+    }
+    return {
+        f"{name}{way}": error
+        for way, (tensors, given) in ways.items()
+        for name, error in errors(operator, tensors, dtype, device, **given).items()
+    }
+
+
+def _dropout_errors(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Relative errors of dropout against the mask of its seed, element by element and with one mask for all steps."""
+    found = {}
+    for shared in (False, True):
+        input, cotangent = torch.randn(2, 7, 5, 3).to(dtype)
+        tested = input.to(device).requires_grad_()
+        mask = random.kept(random.key_of(3), random.ELEMENTS, 0.25, input.shape[shared:], input.double())
+        actual = ops.dropout(tested, 0.25, seed=3, shared=shared)
+        (gradient,) = torch.autograd.grad(actual, tested, cotangent.to(device))
+        way = ", one mask for all steps" if shared else ""
+        found[f"result 0{way}"] = relative_error(actual, input.double() * mask)
+        found[f"gradient of input{way}"] = relative_error(gradient, cotangent.double() * mask)
+    return found
+
+
 def _self_check() -> Iterator[tuple[bool, str]]:
     """For each operator, device, type and implementation at hand: whether it is right, and a line that says so."""
     for operator, device, dtype, backend in _cases():
         name = f"{operator}  {device}  {str(dtype).removeprefix('torch.'):8}"
-        arguments = OPERATORS[operator](sequence_length=9, batch=5, input_size=7, hidden_size=19)
-        lengths = torch.tensor([9, 3, 1, 9, 6])
         try:
             with _backend.use_backend(backend):
                 used = _backend.resolve(device, dtype)
-                found = errors(operator, arguments, dtype, device)
-                padded = errors(operator, arguments, dtype, device, reverse=True, lengths=lengths)
+                if operator == "dropout":
+                    found = _dropout_errors(dtype, device)
+                else:
+                    found = _recurrence_errors(operator, dtype, device)
         except Exception as error:  # a report says what is broken, whatever it is
             yield False, f"{name}  FAILED  {type(error).__name__}: {error}"
             continue
-        found.update((f"{name}, reversed with lengths", error) for name, error in padded.items())
-        worst = max(found, key=lambda name: math.inf if math.isnan(found[name]) else found[name])
-        limit = LIMITS[arithmetic(dtype, device)]
+        limits = {
+            name: LIMITS[arithmetic(dtype, device)] * (OPTIONS_SLACK if name.endswith(WITH_EVERY_OPTION) else 1)
+            for name in found
+        }
+        worst = max(found, key=lambda name: math.inf if math.isnan(found[name]) else found[name] / limits[name])
+        limit = limits[worst]
         right = found[worst] <= limit  # False for NaN
         yield (
             right,

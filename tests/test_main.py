@@ -1,5 +1,6 @@
 """``python -m rnnkernels``: what it reports, and that its self-check sees what is wrong."""
 
+import inspect
 import math
 import os
 import subprocess
@@ -12,7 +13,10 @@ import torch
 import rnnkernels as rk
 from rnnkernels import __main__ as report
 from rnnkernels import _backend
+from rnnkernels.kernels.eager import general, random
 from rnnkernels.kernels.eager import rnn as eager
+
+OPERATORS = ("rnn", "gru", "lstm", "dropout")
 
 
 def run(**environment):
@@ -38,7 +42,7 @@ def test_the_report_of_this_machine():
     on_cpu = [words for words in checks(finished.stdout) if words[1] == "cpu"]
     dtypes = ("float64", "float32", "bfloat16", "float16")
     assert [(words[0], *words[2:5]) for words in on_cpu] == [
-        (operator, dtype, "eager", "ok") for operator in ("rnn", "gru") for dtype in dtypes
+        (operator, dtype, "eager", "ok") for operator in OPERATORS for dtype in dtypes
     ]
 
 
@@ -47,7 +51,7 @@ def test_the_interpreter_checks_the_triton_kernels():
     pytest.importorskip("triton")
     finished = run(TRITON_INTERPRET="1")
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    for operator in ("rnn", "gru"):
+    for operator in OPERATORS:
         assert [operator, "cpu", "float32", "triton", "ok"] in [words[:5] for words in checks(finished.stdout)]
 
 
@@ -84,13 +88,46 @@ backward = eager.backward
 )
 def test_the_self_check_sees_a_broken_kernel(monkeypatch, capsys, broken, says):
     monkeypatch.setattr(eager, "backward", broken)
+    monkeypatch.setattr(report, "DTYPES", (torch.float32,))
     assert report.main() == 1
     output = capsys.readouterr().out
     assert any(line.startswith("  rnn  cpu  float32") and says in line for line in output.splitlines())
     assert "Failed: " in output
 
 
-def test_a_failed_check_leaves_the_random_state_alone(capsys):
+def test_the_self_check_sees_a_broken_option(monkeypatch):
+    backward = general.backward
+
+    def wrong(*arguments):
+        gradients = backward(*arguments)
+        if gradients.products is None:
+            return gradients
+        return gradients._replace(products=gradients.products * (1 + 1e-4))
+
+    monkeypatch.setattr(general, "backward", wrong)
+    monkeypatch.setattr(report, "DTYPES", (torch.float32,))
+    broken = [line for right, line in report._self_check() if not right]
+    assert [line.split()[0] for line in broken] == ["rnn", "gru", "lstm"]
+    assert all("WRONG" in line and "with every option" in line for line in broken)
+
+
+def test_the_self_check_sees_another_mask(monkeypatch):
+    dropout = random.dropout
+    monkeypatch.setattr(random, "dropout", lambda input, p, key, shared: dropout(input, p, key + 2, shared))
+    monkeypatch.setattr(report, "DTYPES", (torch.float32,))
+    assert [line.split()[0] for right, line in report._self_check() if not right] == ["dropout"]
+
+
+@pytest.mark.parametrize("operator", ["rnn", "gru", "lstm"])
+def test_every_option_of_an_operator_is_checked(operator):
+    plain = {"input", "h_0", "c_0", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "nonlinearity"}
+    weights, options = report.options_of(operator, 3, 2, 4)["every option"]
+    accepted = set(inspect.signature(getattr(rk.ops, operator)).parameters)
+    assert accepted - plain - {"reverse", "lengths", "training"} == (weights.keys() | options.keys()) - plain
+
+
+def test_the_self_check_leaves_the_random_state_alone(monkeypatch, capsys):
+    monkeypatch.setattr(report, "DTYPES", (torch.float32,))
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
