@@ -56,9 +56,12 @@ def use_backend(backend: str) -> Iterator[None]:
         _selected = previous
 
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # once: looking takes longer than a short sequence
+
+
 def has_triton() -> bool:
     """Whether Triton is installed (it is not imported)."""
-    return importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
 
 
 def interpreting() -> bool:

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
 
+from rnnkernels.kernels.eager.products import linear
+
 
 def kernels(backend: str, operator: str) -> ModuleType:
     """The module that implements ``operator`` on ``backend``, imported on first use."""
@@ -31,9 +33,8 @@ def project(input: Tensor, weight_ih: Tensor, bias_ih: Tensor | None, bias_hh: T
     Returns a new contiguous tensor of shape (sequence_length, batch, gates * hidden_size).
     """
     steps, batch, _ = input.shape
-    flat, weight_t = input.flatten(0, 1), weight_ih.t()
     biases = [bias for bias in (bias_ih, bias_hh) if bias is not None]
-    projected = torch.addmm(sum(biases), flat, weight_t) if biases else flat @ weight_t
+    projected = linear(input.flatten(0, 1), weight_ih, sum(biases[1:], biases[0]) if biases else None)
     return projected.view(steps, batch, weight_ih.shape[0])
 
 
@@ -54,8 +55,8 @@ def projection_gradients(
     """Gradients of ``input``, ``weight_ih`` and a bias, through :func:`project`; empty where not needed."""
     flat = grad_projected.flatten(0, 1)
     needs_input, needs_weight, needs_bias = needs
-    grad_input = (flat @ weight_ih).view(input.shape) if needs_input else input.new_empty(0)
-    grad_weight = flat.t() @ input.flatten(0, 1) if needs_weight else input.new_empty(0)
+    grad_input = linear(flat, weight_ih.t()).view(input.shape) if needs_input else input.new_empty(0)
+    grad_weight = linear(flat.t(), input.flatten(0, 1).t()) if needs_weight else input.new_empty(0)
     grad_bias = flat.sum(0) if needs_bias else input.new_empty(0)
     return grad_input, grad_weight, grad_bias
 
@@ -73,7 +74,7 @@ def recurrent_weight_gradient(
     else:
         first = grad_projected[-1 if reverse else 0]
     later, earlier = later.flatten(0, 1), earlier.flatten(0, 1)
-    return torch.addmm(first.t() @ h_0, later.t(), earlier)
+    return linear(later.t(), earlier.t()).addmm_(first.t(), h_0)
 
 
 def differentiable_gradients(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from rnnkernels import reference
+from rnnkernels.kernels.eager.products import linear
 from rnnkernels.ops._checks import Arguments, check_recurrent, differentiable
 from rnnkernels.ops._general import Options, check_options, run
 from rnnkernels.ops._sequence import (
@@ -175,17 +176,14 @@ def _gru(
     hidden_size = weight_hh.shape[1]
     gates = input.new_empty(steps, batch, 4 * hidden_size)
     projected = gates.flatten(0, 1)[:, hidden_size:]
-    flat, weight_t = input.flatten(0, 1), weight_ih.t()
+    flat = input.flatten(0, 1)
     if bias_hh is None:
         bias = bias_ih
     else:
         # That of the candidate's product with the state belongs inside the reset gate; the others can join the input's.
         bias = torch.cat([bias_hh[: 2 * hidden_size], bias_hh.new_zeros(hidden_size)])
         bias = bias if bias_ih is None else bias + bias_ih
-    if bias is None:
-        torch.mm(flat, weight_t, out=projected)
-    else:
-        torch.addmm(bias, flat, weight_t, out=projected)
+    linear(flat, weight_ih, bias, out=projected)
     with torch.cuda.device_of(input):
         output, h_n = kernels(backend, "gru").forward(gates, h_0, weight_hh, bias_hh, lengths, reverse)
     return output, h_n, gates
@@ -228,9 +226,9 @@ def _gru_backward(
     needs_input, _, needs_weight_ih, needs_weight_hh, needs_bias_ih, needs_bias_hh = needs
     nothing = input.new_empty(0)
     return (
-        (from_input @ weight_ih).view(input.shape) if needs_input else nothing,
+        linear(from_input, weight_ih.t()).view(input.shape) if needs_input else nothing,
         grad_h_0,
-        from_input.t() @ input.flatten(0, 1) if needs_weight_ih else nothing.clone(),
+        linear(from_input.t(), input.flatten(0, 1).t()) if needs_weight_ih else nothing.clone(),
         # The parts of the buffer stand in the order (n, r, z), the rows of the weights in (r, z, n).
         recurrent_weight_gradient(from_state, output, h_0, lengths, reverse).roll(-hidden_size, 0)
         if needs_weight_hh

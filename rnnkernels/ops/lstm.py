@@ -6,7 +6,7 @@ from torch import Tensor
 from rnnkernels import reference
 from rnnkernels.kernels.eager import onednn
 from rnnkernels.kernels.eager.variable_length import padding
-from rnnkernels.ops._checks import Arguments, check_recurrent
+from rnnkernels.ops._checks import Arguments, check_recurrent, differentiable
 from rnnkernels.ops._general import Options, check_options, run
 from rnnkernels.ops._sequence import (
     differentiable_gradients,
@@ -190,8 +190,7 @@ class _OneDNN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, reverse):
         tensors = [tensor.contiguous() for tensor in (input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)]
-        train = any(ctx.needs_input_grad)
-        results = onednn.forward(*tensors[:3], tensors[3:], reverse, train)
+        results = onednn.forward(*tensors[:3], tensors[3:], reverse, train=True)
         ctx.reverse = reverse
         ctx.save_for_backward(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, *results)
         return results[:3]
@@ -243,6 +242,9 @@ def _layer(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, reverse):
     tensors = input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh
     if torch.compiler.is_compiling():
         return torch.ops.rnnkernels.lstm_onednn(*tensors, reverse)
+    if not differentiable(tensors):
+        tensors = [tensor.contiguous() for tensor in tensors]
+        return onednn.forward(*tensors[:3], tensors[3:], reverse, train=False)[:3]
     return _OneDNN.apply(*tensors, reverse)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rnnkernels.kernels.eager import random
-from rnnkernels.kernels.eager.rnn import ACTIVATE_, derivative
+from rnnkernels.kernels.eager.rnn import ACTIVATE, derivative
 from rnnkernels.kernels.eager.variable_length import before, padding
 from rnnkernels.kernels.recurrence import Gradients, Recurrence, Trace, Weights
 
@@ -80,7 +80,7 @@ class _RNN(_Cell):
         else:
             torch.addmm(projected, recurrent, self.weight_hh.t(), out=product)
             gates.copy_(self.norm_hh(product))
-        return ACTIVATE_[self.recurrence.nonlinearity](gates), None
+        return ACTIVATE[self.recurrence.nonlinearity](gates, out=gates), None
 
     def prepare(self, trace: Trace, recurrent: Tensor, h: Tensor, c: Tensor | None, slopes: Tensor) -> None:
         slopes.copy_(derivative(self.recurrence.nonlinearity, trace.gates))

@@ -11,7 +11,8 @@ three, so that each is one matrix product.
 import torch
 from torch import Tensor
 
-from rnnkernels.kernels.eager.variable_length import descending, padding, running
+from rnnkernels.kernels.eager.products import Recurrent
+from rnnkernels.kernels.eager.variable_length import before, blocks, descending, padding, running
 
 
 def _rolled(weight_hh: Tensor) -> Tensor:
@@ -43,8 +44,8 @@ def _forward_sorted(
 ) -> tuple[Tensor, Tensor]:
     sequence_length, batch, width = gates.shape
     hidden_size = width // 4
-    weight_rz_t, weight_n_t = weight_hh[: 2 * hidden_size].t(), weight_hh[2 * hidden_size :].t()
-    bias_n = gates.new_zeros(()) if bias_hh is None else bias_hh[2 * hidden_size :]
+    product = Recurrent(_rolled(weight_hh), batch)
+    gates[..., :hidden_size] = 0 if bias_hh is None else bias_hh[2 * hidden_size :]
     output = gates.new_empty(sequence_length, batch, hidden_size)
     rows = torch.arange(batch, device=gates.device)
     counts = None if lengths is None else running(lengths, sequence_length)
@@ -52,16 +53,22 @@ def _forward_sorted(
         # A row that joins late finds its initial state where its predecessor would stand: in the padding.
         late = lengths < sequence_length
         output[lengths[late], rows[late]] = h_0[late]
-    parts = gates.split((hidden_size, 2 * hidden_size, hidden_size), dim=-1)
-    steps = list(zip(*(part.unbind(0) for part in (*parts, output)), strict=True))
+    from_state, two_gates = gates[..., : 3 * hidden_size], gates[..., hidden_size : 3 * hidden_size]
+    parts = (from_state, two_gates, *gates.split(hidden_size, dim=-1), output)
+    steps = list(zip(*(part.unbind(0) for part in parts), strict=True))
     hidden = h_0
     for t in reversed(range(sequence_length)) if reverse else range(sequence_length):
-        hn, rz, n, new = steps[t]
-        full = new
+        step = steps[t]
+        full = step[-1]
         if counts is not None and counts[t] < batch:
-            hn, rz, n, new, hidden = (tensor[: counts[t]] for tensor in (hn, rz, n, new, hidden))
-        torch.addmm(bias_n, hidden, weight_n_t, out=hn)
-        r, z = rz.addmm_(hidden, weight_rz_t).sigmoid_().chunk(2, dim=-1)
+            step, hidden = [part[: counts[t]] for part in step], hidden[: counts[t]]
+        sums, rz, hn, r, z, n, new = step
+        a = product(hidden, sums, out=sums)
+        if a is sums:
+            rz.sigmoid_()
+        else:
+            hn.copy_(a[:, :hidden_size])
+            torch.sigmoid(a[:, hidden_size:], out=rz)
         n.addcmul_(r, hn).tanh_()
         torch.lerp(n, hidden, z, out=new)
         hidden = full
@@ -96,16 +103,15 @@ def backward(
     return grad_gates.index_select(1, inverse), grad_h_0[inverse]
 
 
-def _previous(output: Tensor, h_0: Tensor, lengths: Tensor | None, reverse: bool) -> list[Tensor]:
-    """The state before each step."""
-    if not reverse:
-        return [h_0, *output[:-1].unbind(0)]
-    if lengths is None:
-        return [*output[1:].unbind(0), h_0]
-    # Where a shorter sequence begins, the state of the step after holds padding.
-    first = torch.arange(1, output.shape[0] + 1, device=lengths.device).unsqueeze(1) == lengths
-    after = torch.cat([output[1:], h_0.unsqueeze(0)])
-    return list(torch.where(first.unsqueeze(-1), h_0, after).unbind(0))
+def _slopes(gates: Tensor, previous: Tensor, out: Tensor) -> None:
+    """What the gradient of the state is multiplied by to give those of the four parts, for some steps at once."""
+    (hn, r, z, n), (slope_hn, slope_r, slope_z, slope_n) = gates.unbind(-2), out.unbind(-2)
+    torch.sub(previous, n, out=slope_z)
+    slope_z.mul_(torch.addcmul(z, z, z, value=-1))
+    torch.mul(n, n, out=slope_n).neg_().add_(1)
+    slope_n.addcmul_(slope_n, z, value=-1)
+    torch.mul(slope_n, r, out=slope_hn)
+    torch.mul(torch.addcmul(hn, hn, r, value=-1), slope_hn, out=slope_r)
 
 
 def _backward_sorted(
@@ -120,44 +126,47 @@ def _backward_sorted(
 ) -> tuple[Tensor, Tensor]:
     sequence_length, batch, hidden_size = output.shape
     rolled = _rolled(weight_hh)
+    product = Recurrent(rolled.t(), batch)
     grad_gates = torch.empty_like(gates)
-    grad_output = grad_output.clone(memory_format=torch.contiguous_format)
-    if lengths is None:
-        counts = [batch] * sequence_length
-        grad_output[0 if reverse else -1] += grad_h_n
-    else:
+    counts = [batch] * sequence_length
+    first = last = 0 if reverse else sequence_length - 1
+    if lengths is not None:
         counts = running(lengths, sequence_length)
         rows = torch.arange(batch, device=lengths.device)
         last, first = (torch.zeros_like(lengths), lengths - 1) if reverse else (lengths - 1, torch.zeros_like(lengths))
+        grad_output = grad_output.clone(memory_format=torch.contiguous_format)
         grad_output[last, rows] += grad_h_n
-    before = _previous(output, h_0, lengths, reverse)
-    outer, parts = grad_output.unbind(0), gates.unflatten(-1, (4, hidden_size)).unbind(0)
-    inner = grad_gates.unflatten(-1, (4, hidden_size)).unbind(0)
+    previous_states = before(output, h_0, lengths, reverse)
+    parts, inner = (tensor.unflatten(-1, (4, hidden_size)) for tensor in (gates, grad_gates))
+    outer, slopes = grad_output.unbind(0), inner.unbind(0)
     from_state = grad_gates[..., : 3 * hidden_size].unbind(0)
-    update = gates[..., 2 * hidden_size : 3 * hidden_size].unbind(0)
-    one = output.new_ones(())
-    previous, carrying = 0, 0
-    for t in range(sequence_length) if reverse else reversed(range(sequence_length)):
-        carrying = min(carrying, counts[t])
-        if carrying:
-            carried = outer[t][:carrying]
-            carried.addcmul_(outer[previous][:carrying], update[previous][:carrying])
-            carried.addmm_(from_state[previous][:carrying], rolled)
-        hn, r, z, n = parts[t].unbind(1)
-        slope_hn, slope_r, slope_z, slope_n = inner[t].unbind(1)
-        # What the gradient of the state is multiplied by to give those of the four parts
-        torch.sub(before[t], n, out=slope_z)
-        torch.mul(slope_z, torch.addcmul(z, z, z, value=-1), out=slope_z)
-        torch.addcmul(one, n, n, value=-1, out=slope_n)
-        slope_n.addcmul_(slope_n, z, value=-1)
-        torch.mul(slope_n, r, out=slope_hn)
-        torch.mul(torch.addcmul(hn, hn, r, value=-1), slope_hn, out=slope_r)
-        inner[t][: counts[t]].mul_(outer[t][: counts[t]].unsqueeze(1))
-        inner[t][counts[t] :].zero_()
-        previous, carrying = t, counts[t]
+    update = parts[..., 2, :].unbind(0)
+    buffer = output.new_empty(batch, hidden_size)
+    total, previous = None, None
+    for some in blocks(sequence_length, 4 * batch * hidden_size, forward=reverse):
+        _slopes(parts[some], previous_states[some], inner[some])
+        for t in range(some.start, some.stop) if reverse else reversed(range(some.start, some.stop)):
+            arriving, slope = outer[t], slopes[t]
+            if previous is None:
+                total = arriving + grad_h_n if lengths is None else arriving
+            elif lengths is None:
+                kept = torch.addcmul(arriving, total, update[previous], out=buffer)
+                total, buffer = product(from_state[previous], kept, out=kept), total
+            else:
+                carrying = min(counts[previous], counts[t])
+                if carrying:
+                    kept = arriving[:carrying]
+                    kept.addcmul_(outer[previous][:carrying], update[previous][:carrying])
+                    kept.copy_(product(from_state[previous][:carrying], kept, out=kept))
+                total = arriving
+            if counts[t] < batch:
+                slope[counts[t] :].zero_()
+                slope = slope[: counts[t]]
+            slope.mul_(total[: counts[t]].unsqueeze(1))
+            previous = t
     if lengths is None:
-        reached, gates_reached, from_reached = outer[previous], update[previous], from_state[previous]
+        reached, gates_reached, from_reached = total, update[previous], from_state[previous]
     else:
-        reached, gates_reached = grad_output[first, rows], gates[first, rows, 2 * hidden_size : 3 * hidden_size]
+        reached, gates_reached = grad_output[first, rows], parts[first, rows, 2]
         from_reached = grad_gates[first, rows, : 3 * hidden_size]
     return grad_gates, torch.addcmul(from_reached @ rolled, reached, gates_reached)

@@ -7,14 +7,19 @@ at every shape of the benchmark, so it serves inference too. ``benchmarks/`` rep
 import torch
 from torch import Tensor
 
+from rnnkernels.kernels.eager.products import Recurrent
 from rnnkernels.kernels.eager.variable_length import descending, padding, running
 
-ACTIVATE_ = {
-    "tanh": Tensor.tanh_,
-    "relu": Tensor.relu_,
-    "sigmoid": Tensor.sigmoid_,
-    "identity": lambda states: states,
-}
+
+def _identity(states: Tensor, out: Tensor) -> Tensor:
+    return out if states is out else out.copy_(states)
+
+
+def _relu(states: Tensor, out: Tensor) -> Tensor:
+    return torch.clamp(states, min=0, out=out)
+
+
+ACTIVATE = {"tanh": torch.tanh, "relu": _relu, "sigmoid": torch.sigmoid, "identity": _identity}
 
 
 def derivative(nonlinearity: str, output: Tensor) -> Tensor:
@@ -50,12 +55,12 @@ def forward(
 
 
 def _forward_full(output: Tensor, h_0: Tensor, weight_hh: Tensor, nonlinearity: str, reverse: bool) -> Tensor:
-    activate_ = ACTIVATE_[nonlinearity]
-    weight_hh_t = weight_hh.t()
+    activate = ACTIVATE[nonlinearity]
+    product = Recurrent(weight_hh, len(h_0))
     steps = output.unbind(0)
     hidden = h_0
     for step in reversed(steps) if reverse else steps:
-        activate_(step.addmm_(hidden, weight_hh_t))
+        activate(product(hidden, step, out=step), out=step)
         hidden = step
     return hidden.clone()
 
@@ -63,8 +68,8 @@ def _forward_full(output: Tensor, h_0: Tensor, weight_hh: Tensor, nonlinearity: 
 def _forward_sorted(
     output: Tensor, h_0: Tensor, weight_hh: Tensor, lengths: Tensor, nonlinearity: str, reverse: bool
 ) -> Tensor:
-    activate_ = ACTIVATE_[nonlinearity]
-    weight_hh_t = weight_hh.t()
+    activate = ACTIVATE[nonlinearity]
+    product = Recurrent(weight_hh, len(h_0))
     sequence_length, batch = output.shape[:2]
     counts = running(lengths, sequence_length)
     rows = torch.arange(batch, device=output.device)
@@ -75,9 +80,9 @@ def _forward_sorted(
     hidden = h_0
     steps = output.unbind(0)
     for t in reversed(range(sequence_length)) if reverse else range(sequence_length):
-        step = steps[t]
-        activate_(step[: counts[t]].addmm_(hidden[: counts[t]], weight_hh_t))
-        hidden = step
+        step, hidden = steps[t][: counts[t]], hidden[: counts[t]]
+        activate(product(hidden, step, out=step), out=step)
+        hidden = steps[t]
     h_n = output[0].clone() if reverse else output[lengths - 1, rows]
     output.masked_fill_(padding(lengths, sequence_length), 0)
     return h_n
@@ -115,16 +120,14 @@ def _backward_full(
     grad_output: Tensor, grad_h_n: Tensor, output: Tensor, weight_hh: Tensor, nonlinearity: str, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     grad_projected = derivative(nonlinearity, output)
-    carried = grad_h_n.clone()
+    product = Recurrent(weight_hh.t(), len(grad_h_n))
+    carried = torch.empty_like(grad_h_n)
     outer, inner = grad_output.unbind(0), grad_projected.unbind(0)
     sequence_length = len(inner)
     previous = None
     for t in range(sequence_length) if reverse else reversed(range(sequence_length)):
-        if previous is None:
-            carried.add_(outer[t])
-        else:
-            torch.addmm(outer[t], previous, weight_hh, out=carried)
-        previous = inner[t].mul_(carried)
+        arriving = grad_h_n + outer[t] if previous is None else product(previous, outer[t], out=carried)
+        previous = inner[t].mul_(arriving)
     return grad_projected, previous @ weight_hh
 
 
@@ -144,12 +147,14 @@ def _backward_sorted(
     grad_output = grad_output.clone()
     last, first = (torch.zeros_like(lengths), lengths - 1) if reverse else (lengths - 1, torch.zeros_like(lengths))
     grad_output[last, rows] += grad_h_n
+    product = Recurrent(weight_hh.t(), batch)
     outer, inner = grad_output.unbind(0), grad_projected.unbind(0)
     previous, carrying = None, 0
     for t in range(sequence_length) if reverse else reversed(range(sequence_length)):
         carrying = min(carrying, counts[t])
         if carrying:
-            outer[t][:carrying].addmm_(previous[:carrying], weight_hh)
+            arriving = outer[t][:carrying]
+            arriving.copy_(product(previous[:carrying], arriving, out=arriving))
         inner[t][: counts[t]].mul_(outer[t][: counts[t]])
         previous, carrying = inner[t], counts[t]
     return grad_projected, grad_projected[first, rows] @ weight_hh

@@ -33,3 +33,15 @@ def before(sequence: Tensor, initial: Tensor, lengths: Tensor | None, reverse: b
         first = torch.arange(1, sequence.shape[0] + 1, device=lengths.device).unsqueeze(1) == lengths
         earlier = torch.where(first.unsqueeze(-1), initial, earlier)
     return earlier
+
+
+_IN_CACHE = 2**16
+"""Elements of a sequence that are worked on at once, so that they are still in a cache when they are needed again."""
+
+
+def blocks(sequence_length: int, step_size: int, forward: bool) -> list[slice]:
+    """Steps in blocks of about as many elements as a cache holds, from the first or from the last."""
+    size = max(1, _IN_CACHE // max(1, step_size))
+    starts = range(0, sequence_length, size)
+    slices = [slice(start, min(start + size, sequence_length)) for start in starts]
+    return slices if forward else slices[::-1]
