@@ -624,3 +624,56 @@ def lstm(
         training=training,
         seed=seed,
     )
+
+
+def linear_scan(
+    decay: Tensor,
+    input: Tensor,
+    h_0: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""The linear recurrence over a whole sequence, element by element.
+
+    .. math:: h_t = a_t \odot h_{t-1} + b_t
+
+    Parameters
+    ----------
+    decay, input : Tensor, shape (sequence_length, batch, hidden_size)
+        $a_t$ and $b_t$.
+    h_0 : Tensor, shape (batch, hidden_size), optional
+        The state before the first step taken. Default: zeros.
+    reverse, lengths, reset
+        As in :func:`rnn`.
+
+    Returns
+    -------
+    output : Tensor, shape (sequence_length, batch, hidden_size)
+    h_n : Tensor, shape (batch, hidden_size)
+        The state after the last step taken.
+
+    Examples
+    --------
+    >>> output, h_n = linear_scan(torch.full((3, 1, 1), 0.5), torch.ones(3, 1, 1), torch.full((1, 1), 4.0))
+    >>> output.flatten().tolist(), h_n.item()
+    ([3.0, 2.5, 2.25], 2.25)
+    """
+
+    def step(arguments, state, **_):
+        a, b = arguments
+        return (a * state + b,)
+
+    return _over_time(
+        step,
+        torch.stack([decay, input], dim=1),
+        (torch.zeros_like(decay[0]) if h_0 is None else h_0,),
+        reverse=reverse,
+        lengths=lengths,
+        reset=reset,
+        recurrent_dropout=0.0,
+        zoneout=(0.0,),
+        training=False,
+        seed=None,
+    )

@@ -2,7 +2,8 @@
 
 from rnnkernels.ops.dropout import dropout
 from rnnkernels.ops.gru import gru
+from rnnkernels.ops.linear_scan import linear_scan
 from rnnkernels.ops.lstm import lstm
 from rnnkernels.ops.rnn import NONLINEARITIES, rnn
 
-__all__ = ["NONLINEARITIES", "dropout", "gru", "lstm", "rnn"]
+__all__ = ["NONLINEARITIES", "dropout", "gru", "linear_scan", "lstm", "rnn"]

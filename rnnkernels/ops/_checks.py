@@ -9,10 +9,12 @@ from torch import Tensor
 from rnnkernels._backend import autocast_dtype, resolve
 
 
-def check_tensor(name: str, value: object, shape: Sequence[int | str], like: Tensor | None = None) -> None:
+def check_tensor(
+    name: str, value: object, shape: Sequence[int | str], like: Tensor | None = None, of: str = "input"
+) -> None:
     """Check that ``value`` is a floating-point tensor of this shape, on the device and in the type of ``like``.
 
-    A dimension of ``shape`` is a size, or a name where any size will do.
+    A dimension of ``shape`` is a size, or a name where any size will do. ``of`` names the argument that ``like`` is.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
@@ -25,9 +27,9 @@ def check_tensor(name: str, value: object, shape: Sequence[int | str], like: Ten
     if not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
     if like is not None and value.dtype != like.dtype:
-        raise TypeError(f"{name}: expected dtype {like.dtype}, as input has, got {value.dtype}")
+        raise TypeError(f"{name}: expected dtype {like.dtype}, as {of} has, got {value.dtype}")
     if like is not None and value.device != like.device:
-        raise ValueError(f"{name}: expected device {like.device}, where input is, got {value.device}")
+        raise ValueError(f"{name}: expected device {like.device}, where {of} is, got {value.device}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
