@@ -61,6 +61,26 @@ class Step:
         }
 
 
+@dataclass(frozen=True)
+class Pointwise:
+    """One launch a step for what is pointwise in it, the products apart; its programs tile (batch, hidden)."""
+
+    block_batch: int
+    """Rows of the batch in a program."""
+    block_hidden: int
+    """Hidden units in a program: all of them, where rows are normalized."""
+    num_warps: int
+    """Warps in a program."""
+
+    def grid(self, batch: int, hidden_size: int) -> tuple[int, int]:
+        """Programs in a launch."""
+        return triton.cdiv(batch, self.block_batch), triton.cdiv(hidden_size, self.block_hidden)
+
+    def constants(self) -> dict[str, int]:
+        """What a launch passes of this."""
+        return {"BLOCK_BATCH": self.block_batch, "BLOCK_HIDDEN": self.block_hidden, "num_warps": self.num_warps}
+
+
 def multiplication(dtype: torch.dtype) -> str:
     """How products of this type are formed: ``"16-bit"``, ``"tf32"`` or ``"ieee"``.
 
@@ -109,6 +129,10 @@ STEP = {
 }
 
 
+LARGEST_ROW = 4096
+"""Hidden units that one program can normalize: with more, the LSTM's backward pass runs out of registers."""
+
+
 @cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may use; an H100's where the interpreter stands in for a GPU."""
@@ -124,3 +148,14 @@ def choose(cell: str, hidden_size: int, batch: int, dtype: torch.dtype, device: 
     if needed is not None and needed <= shared_memory(device):
         return Resident(block_batch=16, block_hidden=block_hidden, num_warps=num_warps)
     return STEP[cell, batch > 64, hidden_size % 16 == 0]
+
+
+def pointwise(size: int, whole_rows: bool) -> Pointwise:
+    """The tile of a step's pointwise kernels over ``size`` units."""
+    block_hidden = max(16, triton.next_power_of_2(size))
+    if whole_rows and size > LARGEST_ROW:
+        raise ValueError(f"norm_hh: the Triton kernels normalize at most {LARGEST_ROW} hidden units, got {size}")
+    if not whole_rows:
+        block_hidden = min(block_hidden, 256)
+    block_batch = max(1, 256 // block_hidden)
+    return Pointwise(block_batch, block_hidden, num_warps=min(16, max(2, block_hidden // 256)))

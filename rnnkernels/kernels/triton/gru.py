@@ -11,16 +11,33 @@ from torch import Tensor
 from torch.nn import functional
 
 from rnnkernels.kernels.triton.dispatch import Resident, choose, input_precision
-from rnnkernels.kernels.triton.pointwise import sigmoid, tanh
+from rnnkernels.kernels.triton.pointwise import clip, sigmoid, tanh
 from rnnkernels.kernels.triton.rnn import RUNTIME
 
 
 @triton.jit
-def gate_gradients(grad_state, hn, r, z, n, previous):
+def new_state(z, n, previous):
+    return n + z * (previous - n)
+
+
+@triton.jit
+def through_state(grad_state, z, n, previous, bound):
+    """From the gradient of the state: those of z and n before their activations, between -bound and bound."""
+    grad_z = clip(grad_state * (previous - n) * z * (1.0 - z), bound)
+    return grad_z, clip(grad_state * (1.0 - z) * (1.0 - n * n), bound)
+
+
+@triton.jit
+def through_reset(gradient, factor, r, bound):
+    """From the gradient of r * factor: that of r before its activation."""
+    return clip(gradient * factor * r * (1.0 - r), bound)
+
+
+@triton.jit
+def gate_gradients(grad_state, hn, r, z, n, previous, bound):
     """Gradients of the four parts before their activations, from that of the state."""
-    grad_n = grad_state * (1.0 - z) * (1.0 - n * n)
-    grad_hn = grad_n * r
-    return grad_hn, grad_hn * hn * (1.0 - r), grad_state * (previous - n) * z * (1.0 - z), grad_n
+    grad_z, grad_n = through_state(grad_state, z, n, previous, bound)
+    return grad_n * r, through_reset(grad_n, hn, r, bound), grad_z, grad_n
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -85,7 +102,7 @@ def forward_resident(
         z = sigmoid(tl.dot(h, weight_z, acc=projected_z.to(tl.float32), input_precision=PRECISION))
         hn = tl.dot(h, weight_n, acc=bias, input_precision=PRECISION)
         n = tanh(projected_n.to(tl.float32) + r * hn)
-        new = (n + z * (h.to(tl.float32) - n)).to(h.dtype)
+        new = new_state(z, n, h.to(tl.float32)).to(h.dtype)
         tl.store(parts, hn, mask=mask)
         tl.store(parts + hidden_size, r, mask=mask)
         tl.store(parts + 2 * hidden_size, z, mask=mask)
@@ -166,7 +183,7 @@ def backward_resident(
         source = tl.where(first, h_0 + tile, output + offset + stride)
         previous = tl.load(source, mask=mask & (first | (zero < sequence_length - 1 - step)), other=0.0).to(tl.float32)
         grad_state = carried + outer
-        grad_hn, grad_r, grad_z, grad_n = gate_gradients(grad_state, hn, r, z, n, previous)
+        grad_hn, grad_r, grad_z, grad_n = gate_gradients(grad_state, hn, r, z, n, previous, float("inf"))
         if HAS_LENGTHS:
             grad_hn = tl.where(active, grad_hn, 0.0)
             grad_r = tl.where(active, grad_r, 0.0)
@@ -237,7 +254,7 @@ def forward_step(
     r, z = sigmoid(r), sigmoid(z)
     n = tanh(tl.load(parts + 3 * hidden_size, mask=mask, other=0.0).to(tl.float32) + r * hn)
     old = tl.load(previous + tile, mask=mask, other=0.0)
-    new = (n + z * (old.to(tl.float32) - n)).to(old.dtype)
+    new = new_state(z, n, old.to(tl.float32)).to(old.dtype)
     tl.store(parts, hn, mask=mask)
     tl.store(parts + hidden_size, r, mask=mask)
     tl.store(parts + 2 * hidden_size, z, mask=mask)
@@ -290,7 +307,7 @@ def backward_step(
         h = tl.load(previous + tile, mask=mask, other=0.0).to(tl.float32)
         grad_state = tl.load(carried + tile, mask=mask, other=0.0)
         grad_state += tl.load(grad_output + tile, mask=mask, other=0.0).to(tl.float32)
-        grad_hn, grad_r, grad_z, grad_n = gate_gradients(grad_state, hn, r, z, n, h)
+        grad_hn, grad_r, grad_z, grad_n = gate_gradients(grad_state, hn, r, z, n, h, float("inf"))
         if HAS_LENGTHS:
             grad_hn = tl.where(active, grad_hn, 0.0)
             grad_r = tl.where(active, grad_r, 0.0)
