@@ -279,7 +279,6 @@ def accumulate_gradients(parameters: Iterable[Tensor], sums: Iterable[tuple[Tens
         for loss_sum, elements in sums:
             loss_sum.backward()
             total, count, done = total + loss_sum.detach(), count + elements, True
-            del loss_sum  # and with it its graph, before the next is made
         if not done:
             raise ValueError("sums: expected at least one sum and count, got none")
     except BaseException:
