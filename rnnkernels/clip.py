@@ -31,7 +31,9 @@ def clip_grad_norm_(
 
     With $\mathbf{g}$ all gradients as one vector, each becomes
 
-    $$g \leftarrow g \cdot \min\left(1, \frac{\text{max\_norm}}{\lVert \mathbf{g} \rVert_p + 10^{-6}}\right),$$
+    .. math::
+
+        g \leftarrow g \cdot \min\left(1, \frac{\text{max\_norm}}{\lVert \mathbf{g} \rVert_p + 10^{-6}}\right),
 
     which leaves the direction of the step as it is. This is :func:`torch.nn.utils.clip_grad_norm_`, argument for
     argument.
@@ -112,7 +114,9 @@ def clip_grad_norm_(
 def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None) -> None:
     r"""Bring every element of the gradients into [-``clip_value``, ``clip_value``]. In place.
 
-    $$g_i \leftarrow \max(-c, \min(c, g_i))$$
+    .. math::
+
+        g_i \leftarrow \max(-c, \min(c, g_i))
 
     The direction of the step changes: large elements lose, small ones do not. It is
     :func:`torch.nn.utils.clip_grad_value_`, argument for argument.
@@ -163,7 +167,9 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
 def clip_weight_value_(parameters: Tensor | Iterable[Tensor], clip_value: float) -> None:
     r"""Bring every element of the parameters themselves into [-``clip_value``, ``clip_value``]. In place.
 
-    $$\theta_i \leftarrow \max(-c, \min(c, \theta_i))$$
+    .. math::
+
+        \theta_i \leftarrow \max(-c, \min(c, \theta_i))
 
     This is no gradient clipping, though the two are often confused: it bounds the model, not the step. It was proposed
     to bound the slope of a network in its input. Call it after ``optimizer.step()``.
@@ -215,8 +221,10 @@ def adaptive_grad_clip_(parameters: Tensor | Iterable[Tensor], clip_factor: floa
 
     With $W_i$ the weights that lead to unit $i$, the $i$-th row, and $G_i$ their gradient,
 
-    $$G_i \leftarrow G_i \cdot
-    \min\left(1, \lambda \frac{\max(\lVert W_i \rVert, \epsilon)}{\lVert G_i \rVert}\right).$$
+    .. math::
+
+        G_i \leftarrow G_i \cdot
+        \min\left(1, \lambda \frac{\max(\lVert W_i \rVert, \epsilon)}{\lVert G_i \rVert}\right).
 
     Under plain gradient descent with learning rate $\eta$, no unit then changes by more than $\eta\lambda$ of its size,
     so that one threshold serves layers of all scales.

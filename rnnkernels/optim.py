@@ -243,7 +243,10 @@ class SGD(_Fused, torch.optim.SGD):
 
     With $g_t$ the gradient at $\theta_{t-1}$, plus $\lambda\theta_{t-1}$ for the weight decay $\lambda$,
 
-    $$b_t = \mu b_{t-1} + (1 - \tau) g_t, \qquad \theta_t = \theta_{t-1} - \eta b_t,$$
+    .. math::
+
+        b_t = \mu b_{t-1} + (1 - \tau) g_t, \\
+        \theta_t = \theta_{t-1} - \eta b_t,
 
     where $b_1 = g_1$. Nesterov's momentum steps along $g_t + \mu b_t$ instead of $b_t$. Without momentum,
     $\theta_t = \theta_{t-1} - \eta g_t$. Whether the descent is called batch, mini-batch or stochastic depends on the
@@ -388,8 +391,10 @@ class Adagrad(_Fused, torch.optim.Adagrad):
 
     With $g_t$ the gradient at $\theta_{t-1}$, plus $\lambda\theta_{t-1}$ for the weight decay $\lambda$,
 
-    $$s_t = s_{t-1} + g_t^2, \qquad
-    \theta_t = \theta_{t-1} - \frac{\eta}{1 + (t-1)\,\rho} \cdot \frac{g_t}{\sqrt{s_t} + \epsilon}.$$
+    .. math::
+
+        s_t = s_{t-1} + g_t^2, \\
+        \theta_t = \theta_{t-1} - \frac{\eta}{1 + (t-1)\,\rho} \cdot \frac{g_t}{\sqrt{s_t} + \epsilon}.
 
     Parameters
     ----------
@@ -500,8 +505,10 @@ class RMSprop(_Fused, torch.optim.RMSprop):
 
     With $g_t$ the gradient at $\theta_{t-1}$, plus $\lambda\theta_{t-1}$ for the weight decay $\lambda$,
 
-    $$v_t = \alpha v_{t-1} + (1 - \alpha) g_t^2, \qquad
-    \theta_t = \theta_{t-1} - \eta \frac{g_t}{\sqrt{v_t} + \epsilon}.$$
+    .. math::
+
+        v_t = \alpha v_{t-1} + (1 - \alpha) g_t^2, \\
+        \theta_t = \theta_{t-1} - \eta \frac{g_t}{\sqrt{v_t} + \epsilon}.
 
     ``centered`` divides by the root of the running variance, $v_t - m_t^2$ with
     $m_t = \alpha m_{t-1} + (1 - \alpha) g_t$. With momentum $\mu$ the step is along
@@ -626,8 +633,11 @@ class Adam(_Fused, torch.optim.Adam):
 
     With $g_t$ the gradient at $\theta_{t-1}$, plus $\lambda\theta_{t-1}$ for the weight decay $\lambda$,
 
-    $$m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2,$$
-    $$\theta_t = \theta_{t-1} - \eta \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}.$$
+    .. math::
+
+        m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \\
+        v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2, \\
+        \theta_t = \theta_{t-1} - \eta \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}.
 
     AMSGrad takes the largest $v_s$ for $s \le t$ in place of $v_t$.
 
@@ -750,8 +760,9 @@ class AdamW(Adam, torch.optim.AdamW):
 
     $m_t$ and $v_t$ are those of :class:`Adam`, from the gradient alone, and
 
-    $$\theta_t = (1 - \eta\lambda)\,\theta_{t-1}
-    - \eta \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}.$$
+    .. math::
+
+        \theta_t = (1 - \eta\lambda)\,\theta_{t-1} - \eta \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}.
 
     Parameters
     ----------
