@@ -13,7 +13,7 @@ from rnnkernels.kernels.eager.general import previous_states
 from rnnkernels.kernels.eager.random import key_of
 from rnnkernels.kernels.recurrence import Recurrence, Trace, Weights
 from rnnkernels.ops._checks import Arguments, check_grad_clip, check_probability, check_seed
-from rnnkernels.ops._sequence import differentiable_gradients, kernels
+from rnnkernels.ops._sequence import differentiable_gradients, given, kernels
 
 UNBOUNDED = float("inf")
 PARTS = {"rnn": 1, "gru": 4, "lstm": 4}
@@ -321,13 +321,15 @@ def _setup_context(ctx, inputs, output):
     ctx.options = dict(zip(_OPTIONS, inputs[13:-1], strict=True))
     ctx.backend = inputs[-1]
     ctx.mark_non_differentiable(*output[3:])
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_output, grad_h_n, grad_c_n, *_):
+def _backward(ctx, *gradients):
     saved = ctx.saved_tensors
     tensors, (lengths, reset, seed), trace = saved[:_TENSORS], saved[_TENSORS:13], saved[13:]
     needs = list(ctx.needs_input_grad[:_TENSORS])
     c_0 = tensors[2]
+    grad_output, grad_h_n, grad_c_n = given(gradients, trace[:3])
     grad_c_n = None if c_0 is None else grad_c_n
     if torch.is_grad_enabled():
         results = by_reference(*tensors, lengths=lengths, reset=reset, seed=seed, **ctx.options)

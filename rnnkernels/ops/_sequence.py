@@ -77,6 +77,15 @@ def recurrent_weight_gradient(
     return linear(later.t(), earlier.t()).addmm_(first.t(), h_0)
 
 
+def given(gradients: Sequence[Tensor | None], results: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of an operator's results, zeros where autograd has none.
+
+    Autograd would make zeros for what is kept for the backward pass too, the largest tensors of all.
+    """
+    pairs = zip(gradients, results, strict=False)
+    return [torch.zeros_like(result) if gradient is None else gradient for gradient, result in pairs]
+
+
 def differentiable_gradients(
     results: Sequence[Tensor], tensors: Sequence[Tensor | None], needs: Sequence[bool], cotangents: Sequence[Tensor]
 ) -> list[Tensor | None]:

@@ -10,6 +10,7 @@ from rnnkernels.ops._checks import Arguments, check_recurrent, differentiable
 from rnnkernels.ops._general import Options, check_options, run
 from rnnkernels.ops._sequence import (
     differentiable_gradients,
+    given,
     kernels,
     project,
     project_normalized,
@@ -397,14 +398,16 @@ def _(grad_output, grad_h_n, grad_c_n, output, gates, cells, input, h_0, c_0, we
 
 def _setup_context(ctx, inputs, output):
     *tensors, reverse, backend = inputs
-    states, _, _, gates, cells = output
+    *results, gates, cells = output
     ctx.mark_non_differentiable(gates, cells)
-    ctx.save_for_backward(*tensors, states, gates, cells)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *results, gates, cells)
     ctx.options = {"reverse": reverse, "backend": backend}
 
 
-def _backward(ctx, grad_output, grad_h_n, grad_c_n, *_):
-    *tensors, lengths, output, gates, cells = ctx.saved_tensors
+def _backward(ctx, *gradients):
+    *tensors, lengths, output, h_n, c_n, gates, cells = ctx.saved_tensors
+    grad_output, grad_h_n, grad_c_n = given(gradients, (output, h_n, c_n))
     input, h_0, c_0, weight_ih, weight_hh, _, _ = tensors
     needs = list(ctx.needs_input_grad[:7])
     if torch.is_grad_enabled():
