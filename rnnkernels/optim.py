@@ -762,7 +762,8 @@ class AdamW(Adam, torch.optim.AdamW):
 
     .. math::
 
-        \theta_t = (1 - \eta\lambda)\,\theta_{t-1} - \eta \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}.
+        \bar\theta_t = (1 - \eta\lambda)\,\theta_{t-1}, \\
+        \theta_t = \bar\theta_t - \eta \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}.
 
     Parameters
     ----------
