@@ -58,17 +58,43 @@ def outcome(module, input, hx, cotangents, lengths=None):
     return [*(result.detach() for result in results), *gradients]
 
 
+def in_float64(value):
+    """The same in float64: a module, tensors that are leaves, or None."""
+    if isinstance(value, torch.nn.Module):
+        return copy.deepcopy(value).double()
+    if isinstance(value, PackedSequence):
+        return PackedSequence(in_float64(value.data), *value[1:])
+    if isinstance(value, tuple):
+        return tuple(in_float64(element) for element in value)
+    return value if value is None else value.detach().double().requires_grad_()
+
+
+def distances(values, expected):
+    """The largest error of each tensor, relative to its largest element."""
+    for value, wanted in zip(values, expected, strict=True):
+        assert value.shape == wanted.shape
+        if wanted.numel():
+            yield float((value.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-10))
+        else:
+            yield 0.0
+
+
 def assert_same(ours, theirs, input, hx=None, lengths=None, tolerance=1e-10):
-    """``tolerance`` bounds the error of each result and gradient, relative to its largest element."""
+    """``tolerance`` bounds the error of each result and gradient, relative to its largest element.
+
+    In float32, the witness is in float64, and four times the error that torch makes in float32 is allowed on top: where
+    sums cancel, nobody does better.
+    """
     with torch.no_grad():
         cotangents = [torch.randn_like(result) for result in results_of(theirs, input, hx, lengths)]
-    outcomes = (outcome(module, input, hx, cotangents, lengths) for module in (ours, theirs))
-    for actual, expected in zip(*outcomes, strict=True):
-        assert actual.shape == expected.shape
-        assert actual.dtype == expected.dtype
-        if expected.numel():
-            error, largest = float((actual - expected).abs().max()), float(expected.abs().max())
-            assert error <= tolerance * max(largest, 1e-10), f"{error:.2e} beside {largest:.2e}"
+    actual, expected = (outcome(module, input, hx, cotangents, lengths) for module in (ours, theirs))
+    assert [value.dtype for value in actual] == [value.dtype for value in expected]
+    allowed = [0.0] * len(actual)
+    if expected[0].dtype == torch.float32:
+        exact = outcome(*map(in_float64, (theirs, input, hx)), [c.double() for c in cotangents], lengths)
+        allowed, expected = [4 * error for error in distances(expected, exact)], exact
+    for error, more in zip(distances(actual, expected), allowed, strict=True):
+        assert error <= tolerance + more
 
 
 @st.composite
@@ -136,6 +162,8 @@ def test_torch_gives_the_same_in_float64(configuration):
     assert_same(ours, theirs, *case(arguments, form, sizes, has_state))
 
 
+# The witness's own warning
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
 @hypothesis.settings(max_examples=300)
 @hypothesis.given(configuration=configurations())
 def test_torch_gives_the_same_in_float32(configuration):
