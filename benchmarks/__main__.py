@@ -5,17 +5,17 @@ import math
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from benchmarks import records, runner
-from benchmarks.cases import Case, cases
-from benchmarks.training import TrainingCase
+from benchmarks.cases import cases
 
 
 def run(
-    selected: list[Case | TrainingCase],
+    selected: list[runner.AnyCase],
     device: torch.device,
     document: dict,
     path: Path | None = None,
@@ -49,10 +49,14 @@ def exit_code(document: dict, check: bool) -> int:
     return int(broken or (check and missed))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, run, and return the exit code."""
+def main(
+    arguments: list[str] | None = None,
+    declared: Callable[[str], list[runner.AnyCase]] = cases,
+    program: str = "python -m benchmarks",
+) -> int:
+    """Parse the command line, run, and return the exit code. ``declared`` are the cases of a kind of device."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
+        prog=program,
         description="Time rnnkernels beside PyTorch: medians and 20th to 80th percentiles of calls that take turns.",
         epilog="The exit code is 1 where results or gradients differ and, with --check, where a target is missed.",
     )
@@ -75,14 +79,14 @@ def main(arguments: list[str] | None = None) -> int:
     except re.error as error:
         parser.error(f"argument --filter: expected a regular expression, got {options.filter!r}: {error}")
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    selected = [case for case in cases(device.type) if pattern.search(case.name)]
+    selected = [case for case in declared(device.type) if pattern.search(case.name)]
     if not selected:
         parser.error(f"argument --filter: no case's name has {options.filter!r} in it; --list shows them")
     if options.list:
         print("\n".join(case.name for case in selected))
         return 0
 
-    command = ["python", "-m", "benchmarks", *(sys.argv[1:] if arguments is None else arguments)]
+    command = [*program.split(), *(sys.argv[1:] if arguments is None else arguments)]
     document = records.header("benchmarks", command, device)
     machine = document["machine"]
     where = machine["gpu"]["name"] if machine["gpu"] else f"{machine['cpu']}, threads: {machine['threads']}"

@@ -31,7 +31,7 @@ GPU_SHAPES = (
 
 MODES = ("forward+backward", "forward")
 
-MODULES = ("RNN", "GRU")
+MODULES = ("RNN", "GRU", "LSTM")
 """Classes that ``rnnkernels`` and ``torch.nn`` both have."""
 
 
@@ -61,6 +61,9 @@ class Case:
     """Whether each layer also runs backwards."""
     packed: bool = False
     """Whether the input is a PackedSequence, with lengths spread evenly over 1 to ``sequence_length``, in no order."""
+    padded: bool = False
+    """Whether the sequences of a padded batch have such lengths: ``torch.nn`` packs it and pads the result again,
+    rnnkernels takes ``lengths=``."""
 
     @property
     def name(self) -> str:
@@ -73,6 +76,7 @@ class Case:
             f"{self.num_layers} layers" if self.num_layers > 1 else "",
             "bidirectional" if self.bidirectional else "",
             "packed" if self.packed else "",
+            "padded" if self.padded else "",
         ]
         return " ".join(filter(None, words))
 
@@ -83,7 +87,18 @@ class Case:
         return shape in SHAPES and self == Case(*shape, mode=self.mode, module=self.module)
 
 
-VARIANTS = ({"bidirectional": True}, {"num_layers": 2}, {"packed": True}, {"packed": True, "bidirectional": True})
+VARIANTS = (
+    {"bidirectional": True},
+    {"num_layers": 2},
+    {"packed": True},
+    {"packed": True, "bidirectional": True},
+    {"padded": True, "bidirectional": True},
+)
+
+VARIABLE_LENGTHS = frozenset(
+    Case(*shape, module=module, padded=True) for module, shape in itertools.product(MODULES, SHAPES)
+)
+"""Cases of the target about sequences of different lengths."""
 
 ARITHMETIC = (
     {"dtype": "float32"},
@@ -99,6 +114,9 @@ def cases(device_type: str) -> list[Case | TrainingCase]:
     declared = [Case(*shape, mode=mode, module=module) for module, mode, shape in product(MODULES, MODES, SHAPES)]
     declared += [
         Case(*shape, mode=mode, module=module) for module, shape, mode in product(MODULES, SHORT_SHAPES, MODES)
+    ]
+    declared += [
+        Case(*shape, mode=mode, module=module, padded=True) for module, mode, shape in product(MODULES, MODES, SHAPES)
     ]
     if device_type == "cuda":
         declared += [
@@ -129,13 +147,27 @@ class Target:
     """How many of them must have been measured for a verdict."""
 
 
+def _plain(module: str) -> Callable[[Case | TrainingCase], bool]:
+    return lambda case: case.plain and case.module == module and case.mode == "forward+backward"
+
+
 TARGETS = (
+    *(
+        Target(
+            f"{module} forward+backward, plain float32, geometric mean of the five shapes",
+            "geometric mean",
+            at_least,
+            _plain(module),
+            complete=len(SHAPES),
+        )
+        for module, at_least in (("RNN", 1.5), ("GRU", 2.0), ("LSTM", 1.0))
+    ),
     Target(
-        "RNN forward+backward, plain float32, geometric mean of the five shapes",
+        "variable lengths beside packing, forward+backward, geometric mean of all modules and the five shapes",
         "geometric mean",
         1.5,
-        lambda case: case.plain and case.module == "RNN" and case.mode == "forward+backward",
-        complete=len(SHAPES),
+        lambda case: isinstance(case, Case) and case in VARIABLE_LENGTHS,
+        complete=len(MODULES) * len(SHAPES),
     ),
     Target(
         "never slower: lowest ratio of all cases, 5 % left for noise",
@@ -162,3 +194,6 @@ TRAINING_TARGETS = (
     ),
 )
 """Promises about optimizers on a GPU, judged where such cases were measured."""
+
+OPTION_TARGETS = (Target("options: never slower than the loop over steps", "lowest", 1.0, lambda case: True),)
+"""Promises of ``python -m benchmarks.options``, which speaks of nothing else."""

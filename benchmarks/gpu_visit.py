@@ -1,4 +1,4 @@
-"""Everything worth doing on a machine with a GPU, in one script: report, tests, kernels, designs, benchmarks.
+"""Everything worth doing on a machine with a GPU, in one script: report, tests, kernels, designs, benchmarks, options.
 
 ``python benchmarks/gpu_visit.py`` needs torch and triton, and imports the package from the checkout that it lies in.
 Each part can run by itself (``--part``), ends when its time is used up (``--budget``), and keeps what it has by then.
@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
@@ -32,13 +32,24 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks import __main__ as table  # noqa: E402
+from benchmarks import options as option_cases  # noqa: E402
 from benchmarks import records, runner  # noqa: E402
 from benchmarks.cases import ARITHMETIC, Case, cases  # noqa: E402
+from benchmarks.options import OptionCase  # noqa: E402
 from benchmarks.training import TrainingCase  # noqa: E402
 from rnnkernels import _backend, ops, reference  # noqa: E402
-from rnnkernels.__main__ import LIMITS, OPERATORS, arithmetic, errors, relative_error  # noqa: E402
+from rnnkernels.__main__ import (  # noqa: E402
+    GATES,
+    LIMITS,
+    OPERATORS,
+    OPTIONS_SLACK,
+    arithmetic,
+    errors,
+    options_of,
+    relative_error,
+)
 
-PARTS = ("report", "tests", "kernels", "designs", "benchmarks")
+PARTS = ("report", "tests", "kernels", "designs", "benchmarks", "options")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +176,11 @@ def triton_kernels(operator: str) -> ModuleType:
 
 @contextlib.contextmanager
 def forced(operator: str, design) -> Iterator[None]:
-    """Let the Triton kernels of an operator run with a design, whatever the dispatch would choose."""
+    """Let the Triton kernels of an operator run with a design, whatever the dispatch would choose; None: its choice."""
+    if design is None:
+        with _backend.use_backend("triton"):
+            yield
+        return
     with _backend.use_backend("triton"), mock.patch.object(triton_kernels(operator), "choose", return_value=design):
         yield
 
@@ -201,7 +216,7 @@ def poisoned() -> Iterator[None]:
 
 
 def parity_cases(visit: Visit) -> Iterator[dict]:
-    """What the part kernels compares: every option at an odd size, and two sets of options at every other size."""
+    """What the part kernels compares: an operator at an odd size in every form, at others in two; then its options."""
     every = list(itertools.product((False, True), (False, True)))
     few = [(False, False), (True, True)]
     sizes = [(7, 33, 17, every), *((7, batch, hidden, few) for hidden in (48, 128, 256, 300) for batch in (33, 80))]
@@ -222,6 +237,22 @@ def parity_cases(visit: Visit) -> Iterator[dict]:
                 "batch": batch,
                 "hidden_size": hidden_size,
                 "nonlinearity": nonlinearity,
+                "option": None,
+                "reverse": reverse,
+                "lengths": has_lengths,
+                "dtype": kind["dtype"],
+                "precision": kind.get("precision", "highest"),
+            }
+    sizes, forms = ((7, 33, 17), (7, 80, 128), (5, 3, 300)), ((False, False), (True, True))
+    if visit.rehearsal:
+        sizes, forms, kinds = ((3, 2, 5),), forms[1:], kinds[:1]
+    for size, operator, kind in itertools.product(sizes, OPERATORS, kinds):
+        for option, (reverse, has_lengths) in itertools.product(options_of(operator, 1, 1, 1), forms):
+            yield {
+                "operator": operator,
+                **dict(zip(("sequence_length", "batch", "hidden_size"), size, strict=True)),
+                "nonlinearity": None,
+                "option": option,
                 "reverse": reverse,
                 "lengths": has_lengths,
                 "dtype": kind["dtype"],
@@ -240,6 +271,9 @@ def compare(case: dict, design, device: torch.device) -> dict:
     if case["lengths"]:
         options["lengths"] = torch.randint(1, sequence_length + 1, (batch,))
     limit = LIMITS[arithmetic(dtype, device)]
+    if case["option"] is not None:
+        weights, given = options_of(case["operator"], sequence_length, batch, case["hidden_size"])[case["option"]]
+        arguments, options, limit = arguments | weights, options | given, limit * OPTIONS_SLACK
     with forced(case["operator"], design), poisoned():
         found = errors(case["operator"], arguments, dtype, device, **options)
     # A pre-activation within rounding of zero may fall on either side of ReLU's kink: a share of the gradients of about
@@ -269,8 +303,8 @@ def compare_far_offsets(
     def run(source, selected, device, dtype):
         own = {name: argument.to(device, dtype) for name, argument in arguments.items()}
         own["input"] = own["input"][:, selected].clone().requires_grad_()
-        own["h_0"] = own["h_0"][selected]
-        output, _ = getattr(source, operator)(**own)
+        own |= {name: own[name][selected] for name in ("h_0", "c_0") if name in own}
+        output, *_ = getattr(source, operator)(**own)
         outer = cotangent[:, selected].to(device, dtype).expand_as(output)
         return output.detach(), *torch.autograd.grad(output, own["input"], outer)
 
@@ -295,7 +329,7 @@ def attempt(function, *arguments) -> dict:
         return {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
 
 
-FAR = {"rnn": (20_000, 1_700, 64), "gru": (10_000, 1_000, 64)}
+FAR = {"rnn": (20_000, 1_700, 64), "gru": (10_000, 1_000, 64), "lstm": (10_000, 1_000, 64)}
 """Steps, batch and hidden units with more than 2^31 states, or gates."""
 
 
@@ -322,13 +356,15 @@ def kernels(visit: Visit) -> bool:
     for case in parity_cases(visit):
         with runner.precision(case["precision"]):
             kind = arithmetic(getattr(torch, case["dtype"]), visit.device)
-            for design in designs_for(case, visit.device):
-                result = {"name": f"{design} {' '.join(f'{k}={v}' for k, v in case.items())}", **case}
-                result |= {"design": str(design), "status": "skipped", "reason": "the time was used up"}
+            # A cell with an option has kernels of one design, for what is pointwise in it.
+            for design in designs_for(case, visit.device) if case["option"] is None else [None]:
+                named = "Pointwise" if design is None else str(design)
+                result = {"name": f"{named} {' '.join(f'{k}={v}' for k, v in case.items())}", **case}
+                result |= {"design": named, "status": "skipped", "reason": "the time was used up"}
                 if time.monotonic() < deadline:
                     result |= attempt(compare, case, design, visit.device)
                 document["cases"].append(result)
-                group = case["operator"], kind, type(design).__name__.lower()
+                group = case["operator"], kind, named.partition("(")[0].lower()
                 counts.setdefault(group, Counter())[result["status"]] += 1
                 if result["status"] in ("differs", "failed"):
                     print(f"{result['status']}: {result['name']}: {result['reason']}", flush=True)
@@ -342,21 +378,27 @@ def kernels(visit: Visit) -> bool:
     return not any(case["status"] in ("differs", "failed") for case in document["cases"])
 
 
-def run_forward(operator: str, kernels: ModuleType, buffer: Tensor, h_0: Tensor, weight_hh: Tensor) -> Tensor:
-    """The states, from a buffer that holds the projected input and receives what the backward pass needs."""
+def run_forward(
+    operator: str, kernels: ModuleType, buffer: Tensor, initial: list[Tensor], weight_hh: Tensor
+) -> list[Tensor]:
+    """The states, then what else the backward pass reads; ``buffer`` holds the projected input and receives a part."""
     if operator == "rnn":
-        kernels.forward(buffer, h_0, weight_hh, None, "tanh", False)
-        return buffer
-    return kernels.forward(buffer, h_0, weight_hh, None, None, False)[0]
+        kernels.forward(buffer, *initial, weight_hh, None, "tanh", False)
+        return [buffer]
+    if operator == "gru":
+        states, _ = kernels.forward(buffer, *initial, weight_hh, None, None, False)
+        return [states, buffer]
+    states, _, _, cells = kernels.forward(buffer, *initial, weight_hh, None, False)
+    return [states, buffer, cells]
 
 
 def run_backward(
-    operator: str, kernels: ModuleType, outer: Tensor, states: Tensor, buffer: Tensor, h_0: Tensor, weight_hh: Tensor
+    operator: str, kernels: ModuleType, outer: Tensor, kept: list[Tensor], initial: list[Tensor], weight_hh: Tensor
 ) -> Tensor:
-    """The gradient of the projected input, from that of the states."""
+    """The gradient of the projected input, from that of the states and of the final states (some numbers)."""
     if operator == "rnn":
-        return kernels.backward(outer, h_0, states, weight_hh, None, "tanh", False)[0]
-    return kernels.backward(outer, h_0, states, buffer, h_0, weight_hh, None, False)[0]
+        return kernels.backward(outer, *initial, *kept, weight_hh, None, "tanh", False)[0]
+    return kernels.backward(outer, *initial, *kept, *initial, weight_hh, None, False)[0]
 
 
 def compare_designs(case: dict, device: torch.device, measurement: dict) -> list[dict]:
@@ -364,19 +406,21 @@ def compare_designs(case: dict, device: torch.device, measurement: dict) -> list
     torch.manual_seed(0)
     operator, dtype = case["operator"], getattr(torch, case["dtype"])
     steps, batch, hidden_size = case["sequence_length"], case["batch"], case["hidden_size"]
-    width = {"rnn": 1, "gru": 4}[operator] * hidden_size
-    weights = OPERATORS[operator](1, batch, 1, hidden_size)
-    h_0, weight_hh = (weights[name].to(device, dtype) for name in ("h_0", "weight_hh"))
+    width = (4 if operator == "gru" else GATES[operator]) * hidden_size
+    arguments = OPERATORS[operator](1, batch, 1, hidden_size)
+    initial = [arguments[name].to(device, dtype) for name in ("h_0", "c_0") if name in arguments]
+    weight_hh = arguments["weight_hh"].to(device, dtype)
     projected = torch.randn(steps, batch, width, device=device).to(dtype)
     outer = torch.randn(steps, batch, hidden_size, device=device).to(dtype)
     eager = importlib.import_module(f"rnnkernels.kernels.eager.{operator}")
     triton = triton_kernels(operator)
 
-    exact_buffer = projected.double()
-    exact = run_forward(operator, eager, exact_buffer, h_0.double(), weight_hh.double())
-    saved = exact.to(dtype), exact_buffer.to(dtype), h_0, weight_hh
+    exact_arguments = [state.double() for state in initial], weight_hh.double()
+    kept = run_forward(operator, eager, projected.double(), *exact_arguments)
+    exact, cells = kept[0], kept[2:]
+    kept = [tensor.to(dtype) for tensor in kept[:2]] + [cell.float() for cell in cells]
     if case["pass"] == "backward":
-        exact = run_backward(operator, eager, outer.double(), *(tensor.double() for tensor in saved))
+        exact = run_backward(operator, eager, outer.double(), [tensor.double() for tensor in kept], *exact_arguments)
     limit = LIMITS[arithmetic(dtype, device)]
 
     def function(design):
@@ -386,8 +430,8 @@ def compare_designs(case: dict, device: torch.device, measurement: dict) -> list
         def run():
             with forced(operator, design):
                 if case["pass"] == "backward":
-                    return run_backward(operator, triton, outer, *saved)
-                return run_forward(operator, triton, buffer, h_0, weight_hh)
+                    return run_backward(operator, triton, outer, kept, initial, weight_hh)
+                return run_forward(operator, triton, buffer, initial, weight_hh)[0]
 
         return run
 
@@ -452,19 +496,33 @@ TINY = (
     Case(3, 2, 3, 4),
     Case(3, 2, 3, 4, mode="forward", module="GRU"),
     Case(4, 3, 2, 5, packed=True, bidirectional=True),
+    Case(4, 3, 2, 5, module="LSTM", padded=True),
     TrainingCase("Adam", 2),
 )
+TINY_OPTIONS = tuple(
+    OptionCase(option, 3, 2, 4, 5, module=module)
+    for module, option in (("RNN", "layer norm"), ("GRU", "reset gate first"), ("LSTM", "zoneout"))
+)
+
+
+def measure(visit: Visit, declared: Iterable[runner.AnyCase], ending: str) -> bool:
+    """Run cases until the time is used up, and write what they gave."""
+    deadline = time.monotonic() + visit.budget
+    selected = [case for case in declared if re.search(visit.filter, case.name)]
+    measurement = {"seconds": 0.0, "rounds": (2, 2)} if visit.rehearsal else {**runner.FULL, "seconds": 0.5}
+    document = visit.document("benchmarks")
+    table.run(selected, visit.device, document, visit.file(ending), deadline, **measurement)
+    return table.exit_code(document, check=False) == 0
 
 
 def benchmarks(visit: Visit) -> bool:
     """``python -m benchmarks``, with every case that a GPU has."""
-    deadline = time.monotonic() + visit.budget
-    declared = TINY if visit.rehearsal else cases(visit.device.type)
-    selected = [case for case in declared if re.search(visit.filter, case.name)]
-    measurement = {"seconds": 0.0, "rounds": (2, 2)} if visit.rehearsal else {**runner.FULL, "seconds": 0.5}
-    document = visit.document("benchmarks")
-    table.run(selected, visit.device, document, visit.file(".json"), deadline, **measurement)
-    return table.exit_code(document, check=False) == 0
+    return measure(visit, TINY if visit.rehearsal else cases(visit.device.type), ".json")
+
+
+def options(visit: Visit) -> bool:
+    """``python -m benchmarks.options``: what ``torch.nn`` does not have, beside a loop over steps."""
+    return measure(visit, TINY_OPTIONS if visit.rehearsal else option_cases.cases(visit.device.type), "-options.json")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -478,8 +536,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tests", nargs="+", default=[], help="what pytest runs (default: test files about GPUs)")
     parser.add_argument("--filter", metavar="REGEX", default="", help="only benchmark cases in whose name this occurs")
     parser.add_argument("--commit", help="commit of the sources, where they are no git checkout")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
+    chosen = parser.parse_args(arguments)
+    if chosen.device == "cuda" and not torch.cuda.is_available():
         print(
             "There is no GPU that this PyTorch can use; --device cpu rehearses the visit without one.", file=sys.stderr
         )
@@ -487,20 +545,21 @@ def main(arguments: list[str] | None = None) -> int:
     if not _backend.has_triton():
         print("Triton is not installed, and the visit is about its kernels.", file=sys.stderr)
         return 2
-    if options.device == "cpu":
+    if chosen.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before the first use of Triton
-    device = torch.device("cuda", torch.cuda.current_device()) if options.device == "cuda" else torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if chosen.device == "cuda" else torch.device("cpu")
     visit = Visit(
         device=device,
-        output=options.output.resolve(),
-        budget=options.budget,
-        commit=options.commit,
-        tests=tuple(options.tests),
-        filter=options.filter,
+        output=chosen.output.resolve(),
+        budget=chosen.budget,
+        commit=chosen.commit,
+        tests=tuple(chosen.tests),
+        filter=chosen.filter,
         command=("python", "benchmarks/gpu_visit.py", *arguments),
     )
-    wanted = options.part or ["all"]
-    parts = {"report": report, "tests": tests, "kernels": kernels, "designs": designs, "benchmarks": benchmarks}
+    wanted = chosen.part or ["all"]
+    parts = {"report": report, "tests": tests, "kernels": kernels, "designs": designs}
+    parts |= {"benchmarks": benchmarks, "options": options}
     outcome = {}
     for name, part in parts.items():
         if name in wanted or "all" in wanted:

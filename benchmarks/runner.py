@@ -10,16 +10,20 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import rnnkernels
-from benchmarks import records
-from benchmarks.cases import TARGETS, TRAINING_TARGETS, Case
-from benchmarks.training import TrainingCase, sides
+from benchmarks import options, records, training
+from benchmarks.cases import OPTION_TARGETS, TARGETS, TRAINING_TARGETS, Case
+from benchmarks.options import OptionCase
+from benchmarks.training import TrainingCase
 from rnnkernels.__main__ import LIMITS, arithmetic, relative_error
 
 SIDES = ("torch.nn", "rnnkernels")
 TRAINING_SIDES = ("torch", "rnnkernels")
+OPTION_SIDES = ("loop", "rnnkernels")
+
+AnyCase = Case | TrainingCase | OptionCase
 
 BASELINE_SLACK = 10
 """``torch.nn`` may err this much more than rnnkernels: its sums of 16-bit gradients over many steps are inexact."""
@@ -137,12 +141,14 @@ def _modules(case: Case, device: torch.device) -> dict[str, torch.nn.Module]:
     return modules
 
 
+def _lengths(case: Case) -> Tensor:
+    lengths = (torch.arange(1, case.batch + 1) * case.sequence_length / case.batch).ceil().long()
+    return lengths[torch.randperm(case.batch)]
+
+
 def _input(case: Case, device: torch.device) -> Tensor | PackedSequence:
     input = torch.randn(case.sequence_length, case.batch, case.input_size, device=device).to(getattr(torch, case.dtype))
-    if not case.packed:
-        return input
-    lengths = (torch.arange(1, case.batch + 1) * case.sequence_length / case.batch).ceil().long()
-    return pack_padded_sequence(input, lengths[torch.randperm(case.batch)], enforce_sorted=False)
+    return pack_padded_sequence(input, _lengths(case), enforce_sorted=False) if case.packed else input
 
 
 def _leaf(input: Tensor | PackedSequence, dtype: torch.dtype) -> tuple[Tensor | PackedSequence, Tensor]:
@@ -157,10 +163,18 @@ def _leaf(input: Tensor | PackedSequence, dtype: torch.dtype) -> tuple[Tensor | 
 def _callables(case: Case, device: torch.device) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     """For each of the modules a function that does what is timed and returns all of its results."""
     input, cotangents = _input(case, device), None
+    lengths = _lengths(case) if case.padded else None
 
     def forward(module, input):
-        output, h_n = module(input)
-        return (output.data if isinstance(output, PackedSequence) else output), h_n
+        if lengths is None:
+            output, final = module(input)
+        elif isinstance(module, (rnnkernels.RNN, rnnkernels.GRU, rnnkernels.LSTM)):
+            output, final = module(input, lengths=lengths)
+        else:
+            output, final = module(pack_padded_sequence(input, lengths, enforce_sorted=False))
+            output, _ = pad_packed_sequence(output, total_length=case.sequence_length)
+        output = output.data if isinstance(output, PackedSequence) else output
+        return (output, *final) if isinstance(final, tuple) else (output, final)
 
     def inference(module, input):
         with torch.no_grad():
@@ -194,11 +208,12 @@ def _errors(case: Case, functions: dict[str, Callable]) -> dict[str, float]:
     return errors
 
 
-def _compared(case: Case | TrainingCase, device: torch.device) -> tuple[dict[str, Callable], dict, dict]:
+def _compared(case: AnyCase, device: torch.device) -> tuple[dict[str, Callable], dict, dict]:
     """What is timed, by side, the baseline first; the relative error of each side, and what is allowed."""
-    if isinstance(case, TrainingCase):
-        functions, errors, allowed = sides(case, device)
-        return {side: functions[side] for side in TRAINING_SIDES}, errors, allowed
+    for kind, module, order in ((TrainingCase, training, TRAINING_SIDES), (OptionCase, options, OPTION_SIDES)):
+        if isinstance(case, kind):
+            functions, errors, allowed = module.sides(case, device)
+            return {side: functions[side] for side in order}, errors, allowed
     limit = LIMITS[arithmetic(getattr(torch, case.dtype), device)]
     functions = _callables(case, device)
     errors = _errors(case, functions)
@@ -206,7 +221,7 @@ def _compared(case: Case | TrainingCase, device: torch.device) -> tuple[dict[str
     return functions, errors, {"torch.nn": BASELINE_SLACK * limit, "rnnkernels": limit}
 
 
-def run_case(case: Case | TrainingCase, device: torch.device, seconds: float, rounds: tuple[int, int]) -> dict:
+def run_case(case: AnyCase, device: torch.device, seconds: float, rounds: tuple[int, int]) -> dict:
     """Compare and time one case.
 
     Returns what a result file says of it. Times and ratios are there only where both sides agree with float64:
@@ -238,18 +253,18 @@ def run_case(case: Case | TrainingCase, device: torch.device, seconds: float, ro
     }
 
 
-def fields(case: Case | TrainingCase) -> dict:
+def fields(case: AnyCase) -> dict:
     """What a result file says of the case itself."""
     return {"name": case.name, "mode": case.mode, **dataclasses.asdict(case)}
 
 
-def case_of(result: dict) -> Case | TrainingCase:
+def case_of(result: dict) -> AnyCase:
     """The case that :func:`fields` wrote down."""
-    kind = TrainingCase if "algorithm" in result else Case
+    kind = TrainingCase if "algorithm" in result else OptionCase if "option" in result else Case
     return kind(**{field.name: result[field.name] for field in dataclasses.fields(kind)})
 
 
-def skipped(case: Case | TrainingCase, reason: str) -> dict:
+def skipped(case: AnyCase, reason: str) -> dict:
     """What a result file says of a case that was not run."""
     return {**fields(case), "status": "skipped", "reason": reason}
 
@@ -258,8 +273,11 @@ def verdicts(results: list[dict]) -> list[dict]:
     """Each target with the value reached; ``met`` is None where the cases that it takes were not all measured."""
     ratios = [(case_of(result), result["ratio"]) for result in results if result["status"] == "measured"]
     found = []
-    training = any(isinstance(case, TrainingCase) for case, _ in ratios)
-    for target in TARGETS + (TRAINING_TARGETS if training else ()):
+    if any("option" in result for result in results):
+        targets = OPTION_TARGETS
+    else:
+        targets = TARGETS + (TRAINING_TARGETS if any(isinstance(case, TrainingCase) for case, _ in ratios) else ())
+    for target in targets:
         values = [ratio for case, ratio in ratios if target.applies(case)]
         enough = len(values) >= target.complete
         combine = statistics.geometric_mean if target.statistic == "geometric mean" else min

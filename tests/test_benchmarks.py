@@ -16,14 +16,17 @@ import pytest
 import torch
 
 import rnnkernels as rk
+from rnnkernels.__main__ import OPERATORS, options_of
 from rnnkernels.kernels.eager import rnn as eager
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as table  # noqa: E402
+from benchmarks import options as option_cases  # noqa: E402
 from benchmarks import records, runner  # noqa: E402
-from benchmarks.cases import MODES, MODULES, SHAPES, Case, cases  # noqa: E402
+from benchmarks.cases import MODES, MODULES, SHAPES, TARGETS, Case, cases  # noqa: E402
+from benchmarks.options import OptionCase  # noqa: E402
 from benchmarks.training import STREAMS, TrainingCase  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -93,7 +96,15 @@ def test_declared_training_cases(device_type):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"bidirectional": True}, {"num_layers": 2}, {"packed": True}, {"packed": True, "bidirectional": True}],
+    [
+        {},
+        {"bidirectional": True},
+        {"num_layers": 2},
+        {"packed": True},
+        {"packed": True, "bidirectional": True},
+        {"padded": True},
+        {"padded": True, "bidirectional": True},
+    ],
 )
 @pytest.mark.parametrize("case", [TRAINING, INFERENCE], ids=lambda case: case.mode)
 @pytest.mark.parametrize("module", MODULES)
@@ -125,7 +136,7 @@ def test_a_training_case_is_compared_and_measured(conform, algorithm, options, b
     assert all(error < 1e-5 for error in result["relative_error"].values())
     assert runner.case_of(result) == case
     found = document(cases=[result, runner.skipped(case, "no time")], targets=runner.verdicts([result]))
-    assert len(found["targets"]) == 4
+    assert len(found["targets"]) == len(TARGETS) + 2
     conform(found)
 
 
@@ -139,6 +150,46 @@ def test_no_speed_up_is_reported_where_a_step_differs(monkeypatch, conform):
     result = runner.run_case(TrainingCase("Adam", 3), CPU, **MOMENT)
     assert (result["status"], "ratio" in result) == ("differs", False)
     conform(document(cases=[result], targets=runner.verdicts([result])))
+
+
+@pytest.mark.parametrize(("module", "option"), [(m, o) for m, each in option_cases.MODULES.items() for o in each])
+def test_an_option_is_compared_with_a_loop(conform, module, option):
+    case = OptionCase(option, 20, 4, 3, 5, module)
+    result = runner.run_case(case, CPU, **MOMENT)
+    assert result["status"] == "measured", result["reason"]
+    assert all(0 < error < 2e-6 for error in result["relative_error"].values())
+    assert runner.case_of(result) == case
+    assert result["ratio"] == result["milliseconds"]["loop"]["median"] / result["milliseconds"]["rnnkernels"]["median"]
+    verdicts = runner.verdicts([result])
+    assert [verdict["value"] for verdict in verdicts] == [result["ratio"]]
+    conform(document(cases=[result, runner.skipped(case, "no time")], targets=verdicts))
+
+
+@pytest.mark.parametrize("option", ["zoneout", "recurrent dropout", "DropConnect"])
+def test_an_option_with_another_mask_is_not_timed(monkeypatch, option):
+    masks = option_cases._masks
+    monkeypatch.setattr(option_cases, "_masks", lambda case, module, seed, like: masks(case, module, seed + 1, like))
+    result = runner.run_case(OptionCase(option, 9, 4, 3, 50), CPU, **MOMENT)
+    assert result["status"] == "differs"
+    assert "ratio" not in result
+
+
+def test_an_option_with_a_wrong_loop_is_not_timed(monkeypatch):
+    clipped = option_cases.Loop._clipped
+    monkeypatch.setattr(option_cases.Loop, "_clipped", lambda self, argument: clipped(self, argument * 1.001))
+    result = runner.run_case(OptionCase("reset", 9, 4, 3, 5), CPU, **MOMENT)
+    assert result["status"] == "differs"
+    assert "loop" in result["reason"]
+
+
+def test_the_command_about_options(capsys):
+    assert option_cases.main(["--list", "--device=cpu"]) == 0
+    names = capsys.readouterr().out.splitlines()
+    assert len(names) == len(set(names)) == len(option_cases.cases("cpu"))
+    finished = run_script("-m", "benchmarks.options", "--device=cpu", "--quick", "--filter=RNN sigmoid T=256")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "target " in finished.stdout
+    assert "variable lengths" not in finished.stdout
 
 
 def slightly_wrong(forward):
@@ -170,8 +221,8 @@ def test_no_speed_up_is_reported_where_results_differ(monkeypatch, conform, case
 
 
 def test_no_speed_up_is_reported_where_gradients_differ(monkeypatch):
-    derivative = eager._derivative
-    monkeypatch.setattr(eager, "_derivative", lambda *arguments: derivative(*arguments) * (1 + 1e-4))
+    backward = eager.backward
+    monkeypatch.setattr(eager, "backward", lambda *arguments: [g * (1 + 1e-4) for g in backward(*arguments)])
     assert runner.run_case(TRAINING, CPU, **MOMENT)["status"] == "differs"
     assert runner.run_case(INFERENCE, CPU, **MOMENT)["status"] == "measured"
 
@@ -179,6 +230,7 @@ def test_no_speed_up_is_reported_where_gradients_differ(monkeypatch):
 def test_packed_lengths():
     for case in (Case(64, 5, 3, 4, packed=True), Case(3, 7, 3, 4, packed=True), Case(9, 1, 3, 4, packed=True)):
         lengths = torch.nn.utils.rnn.pad_packed_sequence(runner._input(case, CPU))[1]
+        assert sorted(runner._lengths(case).tolist()) == sorted(lengths.tolist())
         assert (int(lengths.min()) >= 1, int(lengths.max())) == (True, case.sequence_length)
         assert len(set(lengths.tolist())) == min(case.sequence_length, case.batch)
 
@@ -240,19 +292,47 @@ def measured(case, ratio):
     return {"name": case.name, **dataclasses.asdict(case), "status": "measured", "reason": None, "ratio": ratio}
 
 
+def verdicts(results):
+    """The verdicts by what they are about: a module, variable lengths, or the lowest ratio."""
+    words = ("RNN", "GRU", "LSTM", "variable", "never")
+    found = {next(w for w in words if v["target"].startswith(w)): v for v in runner.verdicts(results)}
+    assert found.keys() == set(words)
+    return found
+
+
 def test_verdicts():
     training = [Case(*shape) for shape in SHAPES]
     results = [measured(case, ratio) for case, ratio in zip(training, (1.0, 2.0, 4.0, 1.0, 2.0), strict=True)]
-    mean, lowest = runner.verdicts(results)
+    found = verdicts(results)
+    mean, lowest = found["RNN"], found["never"]
     assert mean["value"] == pytest.approx(16 ** (1 / 5))
     assert (mean["met"], lowest["met"], lowest["value"]) == (True, True, 1.0)
+    assert {found[name]["met"] for name in ("GRU", "LSTM", "variable")} == {None}
     others = [measured(dataclasses.replace(training[0], mode="forward"), 0.94)]
     others += [measured(dataclasses.replace(training[0], packed=True), 9.0)]
-    assert runner.verdicts(results + others)[0] == mean
-    assert runner.verdicts(results + others)[1]["met"] is False
-    assert runner.verdicts([measured(case, 1.4) for case in training])[0]["met"] is False
-    assert [verdict["met"] for verdict in runner.verdicts(results[:4])] == [None, True]
-    assert [verdict["met"] for verdict in runner.verdicts([])] == [None, None]
+    assert verdicts(results + others)["RNN"] == mean
+    assert verdicts(results + others)["never"]["met"] is False
+    assert verdicts([measured(case, 1.4) for case in training])["RNN"]["met"] is False
+    assert [verdicts(results[:4])[name]["met"] for name in ("RNN", "never")] == [None, True]
+    assert {verdict["met"] for verdict in runner.verdicts([])} == {None}
+
+
+@pytest.mark.parametrize(("module", "bound"), [("RNN", 1.5), ("GRU", 2.0), ("LSTM", 1.0)])
+def test_the_bound_of_each_module(module, bound):
+    for ratio, met in ((bound, True), (bound - 0.01, False)):
+        found = verdicts([measured(Case(*shape, module=module), ratio) for shape in SHAPES])
+        assert {name: verdict["met"] for name, verdict in found.items() if name != "never"} == {
+            **dict.fromkeys(("RNN", "GRU", "LSTM", "variable")),
+            module: met,
+        }
+
+
+def test_the_bound_of_variable_lengths():
+    of_all = [Case(*shape, module=module, padded=True) for module in MODULES for shape in SHAPES]
+    assert verdicts([measured(case, 1.5) for case in of_all])["variable"]["met"] is True
+    assert verdicts([measured(case, 1.49) for case in of_all])["variable"]["met"] is False
+    assert verdicts([measured(case, 1.5) for case in of_all[1:]])["variable"]["met"] is None
+    assert set(of_all) <= set(cases("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -365,7 +445,8 @@ def test_the_readme_explains_every_field():
     names += machine["gpu"]["oneOf"][1]["properties"]
     for kind in ("times", "target"):
         names += schema["$defs"][kind]["properties"]
-    declared = {field.name for field in dataclasses.fields(Case)}
+    declared = {field.name for field in (*dataclasses.fields(Case), *dataclasses.fields(OptionCase))}
+    names += set(schema["$defs"]["option"]["properties"]) - declared
     names += set(schema["$defs"]["benchmark"]["properties"]) - declared
     missing = [name for name in names if f"`{name}`" not in readme]
     assert not missing
@@ -416,7 +497,8 @@ def test_a_rehearsal_goes_through_every_part(tmp_path, conform):
     finished = run_script("benchmarks/gpu_visit.py", *arguments)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     written = {path.name.partition("-cpu")[2]: path for path in tmp_path.iterdir()}
-    endings = [".json", "-designs.json", "-kernels.json", "-report.txt", "-tests.json", "-tests.log"]
+    endings = [".json", "-designs.json", "-kernels.json", "-options.json"]
+    endings += ["-report.txt", "-tests.json", "-tests.log"]
     assert sorted(written) == sorted(endings)
     found = {ending: json.loads(written[ending].read_text()) for ending in endings if ending.endswith("json")}
     for content in found.values():
@@ -425,15 +507,18 @@ def test_a_rehearsal_goes_through_every_part(tmp_path, conform):
     assert found["-tests.json"]["cases"] == [{"name": "tests/test_main.py::test_relative_error", "status": "passed"}]
     for ending in ("-kernels.json", "-designs.json"):
         designs = {(case["operator"], case.get("design", "").partition("(")[0]) for case in found[ending]["cases"]}
-        assert designs >= set(itertools.product(("rnn", "gru"), ("Resident", "Step")))
+        assert designs >= set(itertools.product(("rnn", "gru", "lstm"), ("Resident", "Step")))
+    options = {(case["operator"], case["option"]) for case in found["-kernels.json"]["cases"] if case.get("option")}
+    assert options == {(operator, option) for operator in OPERATORS for option in options_of(operator, 3, 2, 5)}
     assert {case["status"] for case in found["-kernels.json"]["cases"]} == {"agrees"}
     assert {case["status"] for case in found["-designs.json"]["cases"]} == {"measured"}
-    assert {case["status"] for case in found[".json"]["cases"]} == {"measured"}
+    for ending in (".json", "-options.json"):
+        assert {case["status"] for case in found[ending]["cases"]} == {"measured"}
 
 
 @pytest.mark.interpreter
 def test_a_visit_without_time_lists_what_it_left_out(tmp_path, conform):
-    parts = ["--part", "kernels", "--part", "designs", "--part", "benchmarks"]
+    parts = [word for part in ("kernels", "designs", "benchmarks", "options") for word in ("--part", part)]
     finished = run_script(
         "benchmarks/gpu_visit.py", "--device", "cpu", "--output", str(tmp_path), "--budget", "0", *parts
     )
@@ -445,11 +530,13 @@ def test_a_visit_without_time_lists_what_it_left_out(tmp_path, conform):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize(("operator", "nonlinearity"), [("rnn", "tanh"), ("rnn", "relu"), ("gru", None)])
+@pytest.mark.parametrize(
+    ("operator", "nonlinearity"), [("rnn", "tanh"), ("rnn", "relu"), ("gru", None), ("lstm", None)]
+)
 def test_a_wrong_kernel_is_seen(monkeypatch, visit, operator, nonlinearity, kernel_device):
     kernels = visit.triton_kernels(operator)
     case = {"operator": operator, "sequence_length": 5, "batch": 4, "hidden_size": 6, "dtype": "float32"}
-    case |= {"nonlinearity": nonlinearity, "reverse": False, "lengths": True}
+    case |= {"nonlinearity": nonlinearity, "option": None, "reverse": False, "lengths": True}
     backward = kernels.backward
     for design in visit.designs_for(case, kernel_device):
         monkeypatch.setattr(kernels, "backward", backward)
@@ -462,7 +549,7 @@ def test_a_wrong_kernel_is_seen(monkeypatch, visit, operator, nonlinearity, kern
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("operator", ["rnn", "gru"])
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_a_wrong_design_is_not_timed(monkeypatch, visit, operator, direction, kernel_device):
     kernels = visit.triton_kernels(operator)
     case = {"operator": operator, "sequence_length": 3, "batch": 2, "hidden_size": 6, "dtype": "float32"}
@@ -472,15 +559,18 @@ def test_a_wrong_design_is_not_timed(monkeypatch, visit, operator, direction, ke
     assert [result["chosen"] for result in results] == [True] + [False] * (len(results) - 1)
     name = f"run_{direction}"
     run = getattr(visit, name)
-    monkeypatch.setattr(
-        visit, name, lambda op, module, *rest: run(op, module, *rest) * (1.01 if module is kernels else 1)
-    )
+
+    def wrong(operator, module, *rest):
+        found, factor = run(operator, module, *rest), 1.01 if module is kernels else 1
+        return [tensor * factor for tensor in found] if direction == "forward" else found * factor
+
+    monkeypatch.setattr(visit, name, wrong)
     for result in visit.compare_designs(case, kernel_device, MOMENT):
         assert result["status"] == "differs"
         assert "microseconds_per_step" not in result
 
 
-@pytest.mark.parametrize("operator", ["rnn", "gru"])
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_a_design_is_forced(visit, operator, kernel_device):
     from rnnkernels.kernels.triton import dispatch
 
