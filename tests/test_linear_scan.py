@@ -1,6 +1,10 @@
 """The linear recurrence: the operator on a CPU, and its Triton kernels in every regime."""
 
+import concurrent.futures
+import dataclasses
 import functools
+import multiprocessing
+import os
 
 import hypothesis
 import numpy as np
@@ -291,3 +295,135 @@ BAD = [
 def test_bad_input_is_refused_by_name(name, error, message, value):
     with pytest.raises(error, match=f"^{name}: expected.*{message}"):
         rk.ops.linear_scan(**{**GOOD, name: value})
+
+
+@pytest.fixture(params=REGIMES)
+def regime(request, monkeypatch, kernel_device):
+    """Run everything in the test on Triton in this regime, in the interpreter with tiles that it finishes soon."""
+    from rnnkernels.kernels.triton import linear_scan as kernels
+
+    monkeypatch.setattr(kernels, "choose", lambda *_: request.param)
+    monkeypatch.setattr(kernels, "PROGRAMS_PER_PROCESSOR", 1)
+    if kernel_device.type == "cpu":
+        tile = {"block_time": 8, "block_channels": 8}
+        small = {key: dataclasses.replace(value, **tile) for key, value in kernels.REGIMES.items()}
+        monkeypatch.setattr(kernels, "REGIMES", small)
+    with rk.use_backend("triton"):
+        yield request.param
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_regime_matches_the_reference(regime, poisoned, kernel_device, options):
+    tensors = arguments(21, 3, 5, torch.float32, kernel_device)
+    assert_parity(tensors, 2e-6, **random_options(21, 3, **options, device=kernel_device))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("size", [(1, 1, 1), (3, 1, 17), (8, 2, 4), (70, 1, 1), (16, 1, 16)])
+def test_every_regime_takes_any_size(regime, poisoned, kernel_device, size):
+    tensors = arguments(*size, torch.float32, kernel_device)
+    for reverse in (False, True):
+        assert_parity(tensors, 2e-6, **random_options(*size[:2], reverse=reverse, device=kernel_device))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 6e-3), (torch.float16, 8e-4)])
+def test_every_regime_takes_half_precision(regime, poisoned, kernel_device, dtype, tolerance):
+    assert_parity(arguments(37, 2, 3, dtype, kernel_device), tolerance, **random_options(37, 2, device=kernel_device))
+
+
+@pytest.mark.interpreter
+def test_every_regime_repeats_its_bits_and_empties(regime, kernel_device):
+    tensors = arguments(20, 2, 3, torch.float32, kernel_device)
+    cotangents = torch.randn(20, 2, 3, device=kernel_device), torch.randn(2, 3, device=kernel_device)
+    runs = [outcome(rk.ops.linear_scan, tensors, cotangents) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    empty = arguments(4, 0, 3, torch.float32, kernel_device)
+    assert rk.ops.linear_scan(*empty)[0].shape == (4, 0, 3)
+
+
+@pytest.mark.interpreter
+def test_double_backward_on_triton(regime, kernel_device):
+    penalties = []
+    tensors = arguments(10, 2, 2, torch.float32, kernel_device)
+    for function in (rk.ops.linear_scan, rk.reference.linear_scan):
+        gradients = torch.autograd.grad(function(*tensors)[0].square().sum(), tensors, create_graph=True)
+        penalties.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), tensors))
+    for a, b in zip(*penalties, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.interpreter
+def test_the_table_has_a_regime_for_every_shape(kernel_device):
+    from rnnkernels.kernels.triton import linear_scan as kernels
+
+    device = torch.device("cpu")  # stands for a GPU of 132 multiprocessors
+    assert kernels.choose(4096, 2048 * 132, device) == "lanes"
+    assert kernels.choose(4096, 64 * 132, device) == kernels.choose(512, 1, device) == "chunks"
+    assert kernels.choose(4096, 64 * 132 - 1, device) == "phases"
+    expected = {(name, bytes, aligned) for name in REGIMES for bytes in (2, 4) for aligned in (False, True)}
+    assert set(kernels.REGIMES) == expected
+
+
+def compile_regime(name, capability, dtype, hidden_size):
+    """What the kernels of a forward and a backward pass with every option need. Runs in a worker."""
+    import offline
+    import torch
+
+    from rnnkernels.kernels.triton import linear_scan as kernels
+
+    kernels.choose, kernels.processors = lambda *_: name, lambda _: 132
+    sequence = torch.zeros(4096, 4, hidden_size, dtype=getattr(torch, dtype))
+    options = torch.ones(4, dtype=torch.int64), torch.zeros(4096, 4, dtype=torch.bool)
+    with offline.absent_gpu(capability) as launches:
+        kernels.forward(sequence, sequence, sequence[0], *options, False)
+        kernels.backward(sequence, sequence[0], sequence, sequence, sequence[0], *options, False)
+    return [offline.needs(compiled, capability) for _, compiled in launches]
+
+
+def compiled_for_new_lengths_and_batches():
+    """How many kernels a GPU compiles for many lengths and batches. Runs in a worker."""
+    import offline
+    import torch
+
+    from rnnkernels.kernels.triton import linear_scan as kernels
+
+    kernels.choose = lambda *_: "chunks"
+    with offline.absent_gpu(90) as launches:
+        for sequence_length, batch in ((1, 1), (2, 16), (17, 3), (16, 64), (33, 1)):
+            sequence = torch.zeros(sequence_length, batch, 32)
+            kernels.forward(sequence, sequence, sequence[0], None, None, False)
+    return len({compiled.hash for _, compiled in launches})
+
+
+@pytest.fixture(scope="module")
+def worker():
+    pytest.importorskip("triton", reason="Triton is not installed: its kernels can't be compiled here")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        patch.setenv("PYTHONPATH", os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]))
+        spawn = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+            yield pool
+
+
+@pytest.mark.offline
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("hidden_size", [64, 17])
+@pytest.mark.parametrize("name", REGIMES)
+def test_it_compiles_and_fits(worker, name, hidden_size, dtype, capability):
+    found = worker.submit(compile_regime, name, capability, dtype, hidden_size).result(timeout=600)
+    assert len(found) == (6 if name == "phases" else 2)
+    for needs in found:
+        assert needs["spilled_bytes"] <= 32, needs
+        assert needs["shared_memory"] <= 32 * 1024, needs
+        if name == "lanes":
+            assert needs["shared_memory"] == 0, "a channel's steps are spread over threads"
+
+
+@pytest.mark.offline
+def test_a_new_length_or_batch_compiles_nothing(worker):
+    assert worker.submit(compiled_for_new_lengths_and_batches).result(timeout=600) == 1
