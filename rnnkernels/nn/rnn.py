@@ -13,79 +13,14 @@ from rnnkernels.ops._checks import check_choice, check_grad_clip, check_probabil
 State = Tensor | tuple[Tensor, Tensor]
 
 
-class Recurrent(torch.nn.RNNBase):
-    """What the recurrent modules share: layers, directions, options, batches in all forms. Not for direct use."""
+class SequenceModule(torch.nn.Module):
+    """What every module over sequences does around its layers: batches in all forms. Not for direct use."""
 
     state_names: tuple[str, ...] = ("hx",)
     """Arguments of the operator that hold initial states, as error messages name them."""
 
-    def __init__(
-        self,
-        *args,
-        recurrent_dropout: float = 0.0,
-        zoneout: float = 0.0,
-        layer_norm: bool = False,
-        weight_dropout: float = 0.0,
-        grad_clip: float | None = None,
-        **kwargs,
-    ) -> None:
-        self.recurrent_dropout = check_probability("recurrent_dropout", recurrent_dropout)
-        self.zoneout = check_probability("zoneout", zoneout)
-        self.weight_dropout = check_probability("weight_dropout", weight_dropout)
-        check_grad_clip(grad_clip)
-        self.grad_clip = grad_clip
-        self.layer_norm = layer_norm
-        super().__init__(*args, **kwargs)
-        like = {"device": self.weight_ih_l0.device, "dtype": self.weight_ih_l0.dtype}
-        rows = self.weight_ih_l0.shape[0]
-        for layer in range(self.num_layers):
-            for suffix in self._suffixes():
-                for name, shape in self._added_parameters(rows).items():
-                    parameter = torch.nn.Parameter(torch.empty(shape, **like))
-                    self.register_parameter(f"{name}_l{layer}{suffix}", parameter)
-                    self._reset_added(name, parameter)
-
     def _suffixes(self) -> tuple[str, ...]:
         return ("", "_reverse") if self.bidirectional else ("",)
-
-    def _added_parameters(self, rows: int) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the parameters of a layer that options add; the weights have so many ``rows``."""
-        return {"norm_hh": (rows,)} if self.layer_norm else {}
-
-    def _reset_added(self, name: str, parameter: torch.nn.Parameter) -> None:
-        if name.startswith("norm"):
-            torch.nn.init.zeros_(parameter) if name.endswith("bias") else torch.nn.init.ones_(parameter)
-        else:
-            bound = self.hidden_size**-0.5
-            torch.nn.init.uniform_(parameter, -bound, bound)
-
-    def reset_parameters(self) -> None:
-        """Initialize all parameters anew: weights and biases as ``torch.nn`` does, gains to one."""
-        super().reset_parameters()
-        for name, parameter in self.named_parameters():
-            if name.startswith("norm"):
-                self._reset_added(name.rsplit("_l", 1)[0], parameter)
-
-    def flatten_parameters(self) -> None:
-        """Do nothing: the kernels read the weights where they are. There for compatibility with ``torch.nn.RNN``."""
-
-    def extra_repr(self) -> str:
-        """What ``repr`` shows of the arguments."""
-        given = [
-            f"{name}={getattr(self, name)!r}"
-            for name, default in self._options.items()
-            if getattr(self, name) != default
-        ]
-        return ", ".join([super().extra_repr(), *given])
-
-    _options: ClassVar[dict[str, object]] = {
-        "recurrent_dropout": 0.0,
-        "zoneout": 0.0,
-        "layer_norm": False,
-        "weight_dropout": 0.0,
-        "grad_clip": None,
-    }
-    """Arguments that ``torch.nn`` does not have, and their defaults."""
 
     def forward(
         self,
@@ -213,6 +148,85 @@ class Recurrent(torch.nn.RNNBase):
                 raise RuntimeError(f"{name}: expected dtype {input.dtype}, as input has, got {state.dtype}")
             if state.device != input.device:
                 raise RuntimeError(f"{name}: expected device {input.device}, where input is, got {state.device}")
+
+    def _run(
+        self,
+        input: Tensor,
+        states: tuple[Tensor, ...] | None,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Run all layers over a batch laid out as (sequence, batch, feature)."""
+        raise NotImplementedError
+
+
+class Recurrent(SequenceModule, torch.nn.RNNBase):
+    """What the recurrent modules share: layers, directions, options. Not for direct use."""
+
+    def __init__(
+        self,
+        *args,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        layer_norm: bool = False,
+        weight_dropout: float = 0.0,
+        grad_clip: float | None = None,
+        **kwargs,
+    ) -> None:
+        self.recurrent_dropout = check_probability("recurrent_dropout", recurrent_dropout)
+        self.zoneout = check_probability("zoneout", zoneout)
+        self.weight_dropout = check_probability("weight_dropout", weight_dropout)
+        check_grad_clip(grad_clip)
+        self.grad_clip = grad_clip
+        self.layer_norm = layer_norm
+        super().__init__(*args, **kwargs)
+        like = {"device": self.weight_ih_l0.device, "dtype": self.weight_ih_l0.dtype}
+        rows = self.weight_ih_l0.shape[0]
+        for layer in range(self.num_layers):
+            for suffix in self._suffixes():
+                for name, shape in self._added_parameters(rows).items():
+                    parameter = torch.nn.Parameter(torch.empty(shape, **like))
+                    self.register_parameter(f"{name}_l{layer}{suffix}", parameter)
+                    self._reset_added(name, parameter)
+
+    def _added_parameters(self, rows: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the parameters of a layer that options add; the weights have so many ``rows``."""
+        return {"norm_hh": (rows,)} if self.layer_norm else {}
+
+    def _reset_added(self, name: str, parameter: torch.nn.Parameter) -> None:
+        if name.startswith("norm"):
+            torch.nn.init.zeros_(parameter) if name.endswith("bias") else torch.nn.init.ones_(parameter)
+        else:
+            bound = self.hidden_size**-0.5
+            torch.nn.init.uniform_(parameter, -bound, bound)
+
+    def reset_parameters(self) -> None:
+        """Initialize all parameters anew: weights and biases as ``torch.nn`` does, gains to one."""
+        super().reset_parameters()
+        for name, parameter in self.named_parameters():
+            if name.startswith("norm"):
+                self._reset_added(name.rsplit("_l", 1)[0], parameter)
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: the kernels read the weights where they are. There for compatibility with ``torch.nn.RNN``."""
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows of the arguments."""
+        given = [
+            f"{name}={getattr(self, name)!r}"
+            for name, default in self._options.items()
+            if getattr(self, name) != default
+        ]
+        return ", ".join([super().extra_repr(), *given])
+
+    _options: ClassVar[dict[str, object]] = {
+        "recurrent_dropout": 0.0,
+        "zoneout": 0.0,
+        "layer_norm": False,
+        "weight_dropout": 0.0,
+        "grad_clip": None,
+    }
+    """Arguments that ``torch.nn`` does not have, and their defaults."""
 
     def _run(
         self,
