@@ -72,6 +72,20 @@ _METHODS = {
     "truncated": ("violet", 3),
     "shortened": ("brown", 4),
     "numerical": ("grey", 3),
+    # clipping
+    "no clipping": ("grey", 1),
+    "clip by norm": ("blue", 0),
+    "clip by value": ("vermilion", 1),
+    "adaptive clipping": ("green", 2),
+    "weight clipping": ("violet", 3),
+    # optimizers
+    "SGD": ("grey", 1),
+    "momentum": ("blue", 0),
+    "Nesterov": ("vermilion", 1),
+    "AdaGrad": ("green", 2),
+    "RMSprop": ("violet", 3),
+    "Adam": ("brown", 4),
+    "AdamW": ("pink", 5),
     # what is shown
     "data": ("ink", 0),
     "train": ("blue", 0),
