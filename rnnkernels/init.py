@@ -542,7 +542,7 @@ def _kaiming_both(module, weight_ih, weight_hh, gates, gain, generator):
 def _identity(module, weight_ih, weight_hh, gates, gain, generator):
     if gates > 1:
         raise ValueError(f"recipe: expected a plain RNN for 'identity', got {type(module).__name__}")
-    _fill_gates(weight_ih, gates, lambda block: block.normal_(std=0.001, generator=generator))
+    xavier_uniform_(weight_ih, gates=gates, generator=generator)
     identity_(weight_hh, gain)
 
 
@@ -575,7 +575,7 @@ def initialize(module, recipe="orthogonal", *, gain=1.0, forget_bias=None, max_t
     ``"xavier"``           :func:`xavier_uniform_` with `gain`     :func:`xavier_uniform_`
     ``"kaiming"``          :func:`kaiming_normal_` times `gain`    :func:`kaiming_normal_`
     ``"orthogonal"``       :func:`orthogonal_` with `gain`         :func:`xavier_uniform_`
-    ``"identity"``         :func:`identity_` times `gain`          :math:`N(0,0.001^2)`, as the source has it
+    ``"identity"``         :func:`identity_` times `gain`          :func:`xavier_uniform_`
     ``"spectral_radius"``  Gaussian, scaled so that its spectral   :func:`xavier_uniform_`
                            radius is `gain`
     =====================  ======================================  =============================================
@@ -584,6 +584,9 @@ def initialize(module, recipe="orthogonal", *, gain=1.0, forget_bias=None, max_t
     keep. ``initialize(lstm, "orthogonal", forget_bias=1.0)`` is what Keras starts an LSTM with. A projection
     (``proj_size``) is filled like an input weight. Whatever else a module has (an output layer, peepholes, a layer
     norm) is left alone.
+
+    For the identity, Le, Jaitly and Hinton (2015) draw the input weights from :math:`N(0,0.001^2)`. That makes a much
+    slower beginning; ``torch.nn.init.normal_(rnn.weight_ih_l0, std=0.001)`` afterwards gives it.
 
     Parameters
     ----------
