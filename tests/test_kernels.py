@@ -11,7 +11,8 @@ import rnnkernels as rk
 pytestmark = pytest.mark.interpreter
 
 DESIGNS = ("resident", "step")
-OPERATORS = ["rnn", "gru"]
+OPERATORS = list(GATES)
+GATED = ["gru", "lstm"]
 LENGTHS = (None, "sorted", "unsorted")
 # A sum of exponentials that overflows to infinity is what the sigmoid's tail needs.
 overflow = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
@@ -49,9 +50,12 @@ def test_every_option_matches_the_reference(design, poisoned, kernel_device, non
 @pytest.mark.parametrize("order", LENGTHS)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_every_option_of_the_gru_matches_the_reference(design, poisoned, kernel_device, bias, reverse, order):
-    tensors = arguments(5, 17, 3, 17, torch.float32, kernel_device, bias=bias, operator="gru")
-    assert_parity(tensors, 5e-6, "gru", **options_on(kernel_device, order, 17, 5, reverse=reverse))
+@pytest.mark.parametrize("operator", GATED)
+def test_every_option_of_a_gated_cell_matches_the_reference(
+    design, poisoned, kernel_device, operator, bias, reverse, order
+):
+    tensors = arguments(5, 17, 3, 17, torch.float32, kernel_device, bias=bias, operator=operator)
+    assert_parity(tensors, 5e-6, operator, **options_on(kernel_device, order, 17, 5, reverse=reverse))
 
 
 @pytest.mark.parametrize("order", [None, "unsorted"])
@@ -64,9 +68,28 @@ def test_every_size_matches_the_reference(design, poisoned, kernel_device, seque
     assert_parity(tensors, 5e-6, **options_on(kernel_device, order, batch, sequence_length))
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("sequence_length", "batch", "hidden_size"), [(3, 1, 17), (17, 3, 2), (2, 129, 3), (2, 17, 129), (2, 65, 48)]
+)
+@pytest.mark.parametrize("operator", GATED)
+def test_every_size_of_a_gated_cell_matches_the_reference(
+    design, poisoned, kernel_device, operator, sequence_length, batch, hidden_size, reverse
+):
+    tensors = arguments(sequence_length, batch, 3, hidden_size, torch.float32, kernel_device, operator=operator)
+    options = options_on(kernel_device, "unsorted" if reverse else None, batch, sequence_length, reverse=reverse)
+    assert_parity(tensors, 5e-6, operator, **options)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
-@pytest.mark.parametrize(("hidden_size", "order"), [(17, None), (17, "unsorted"), (129, None), (256, "unsorted")])
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize(
+    ("operator", "hidden_size", "order"),
+    [
+        *itertools.product(OPERATORS, (17,), (None, "unsorted")),
+        *itertools.product(OPERATORS, (129,), (None,)),
+        *(("rnn", 256, "unsorted"), ("gru", 100, "unsorted"), ("lstm", 100, "unsorted")),  # the largest resident tiles
+    ],
+)
 def test_half_precision_stays_within_its_bound(
     design, poisoned, kernel_device, operator, dtype, tolerance, hidden_size, order
 ):
@@ -124,10 +147,9 @@ def test_the_same_call_gives_the_same_bits(design, kernel_device, operator):
     tensors = arguments(7, 33, 5, 33, torch.float32, kernel_device, operator=operator)
     runs = []
     for _ in range(2):
-        output, h_n = getattr(rk.ops, operator)(*tensors)
+        results = getattr(rk.ops, operator)(*tensors)
         torch.manual_seed(1)
-        gradients = torch.autograd.grad((output, h_n), tensors, (torch.randn_like(output), torch.randn_like(h_n)))
-        runs.append((output, h_n, *gradients))
+        runs.append((*results, *torch.autograd.grad(results, tensors, [torch.randn_like(r) for r in results])))
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
 
@@ -135,9 +157,9 @@ def test_the_same_call_gives_the_same_bits(design, kernel_device, operator):
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_an_empty_batch(design, kernel_device, operator):
     tensors = arguments(4, 0, 3, 2, torch.float32, kernel_device, operator=operator)
-    output, h_n = getattr(rk.ops, operator)(*tensors)
-    assert output.shape == (4, 0, 2)
-    gradients = torch.autograd.grad((output, h_n), tensors, (torch.randn_like(output), torch.randn_like(h_n)))
+    results = getattr(rk.ops, operator)(*tensors)
+    assert results[0].shape == (4, 0, 2)
+    gradients = torch.autograd.grad(results, tensors, [torch.randn_like(result) for result in results])
     assert all(not gradient.any() for gradient in gradients)
 
 
@@ -156,7 +178,7 @@ def test_double_backward(design, kernel_device, operator):
     leaves = arguments(3, 2, 2, 3, torch.float32, kernel_device, operator=operator)
     penalties = []
     for function in (getattr(rk.ops, operator), getattr(rk.reference, operator)):
-        output, _ = function(*leaves)
+        output = function(*leaves)[0]
         torch.manual_seed(1)
         (gradient,) = torch.autograd.grad(output, leaves[0], torch.randn_like(output), create_graph=True)
         penalties.append(torch.autograd.grad(gradient.square().sum(), leaves[1:5]))
