@@ -452,10 +452,14 @@ class GateStatistics(NamedTuple):
 
     Attributes
     ----------
-    mean, std : float
-        Mean and standard deviation over units, steps and sequences.
-    low, high : float
-        Share of the values in the lowest and in the highest tenth of the gate's range: closed and open.
+    mean : float
+        Mean over units, steps and sequences.
+    std : float
+        Standard deviation over the same.
+    low : float
+        Share of the values in the lowest tenth of the gate's range: closed.
+    high : float
+        Share of the values in the highest tenth: open.
     """
 
     mean: float
@@ -635,7 +639,7 @@ class UpdateRecorder:
 
     Attributes
     ----------
-    ratios : dict of str to torch.Tensor
+    ratios : dict
         For each name the ratios of all steps recorded, shape ``(steps,)``, on the CPU. A parameter that was zero has
         ``inf``, or ``nan`` if it stayed zero.
 
