@@ -1,6 +1,7 @@
 """Modules with parameters."""
 
 from rnnkernels.nn.cells import GRUCell, LSTMCell, RNNCell
+from rnnkernels.nn.minimal import MinGRU, MinLSTM
 from rnnkernels.nn.outputs import ConditionedOutput, ContextOutput, SkipOutput
 from rnnkernels.nn.rnn import GRU, LSTM, RNN
 
@@ -12,6 +13,8 @@ __all__ = [
     "ContextOutput",
     "GRUCell",
     "LSTMCell",
+    "MinGRU",
+    "MinLSTM",
     "RNNCell",
     "SkipOutput",
 ]
