@@ -85,7 +85,7 @@ def test_every_pair_of_options_matches_the_reference(poisoned, kernel_device, op
     assert_parity(tensors, 1e-5, operator, **options)
 
 
-@pytest.mark.parametrize(("lengths", "reset", "reverse"), itertools.product((False, True), repeat=3))
+@pytest.mark.parametrize(("lengths", "reset", "reverse"), list(itertools.product((False, True), repeat=3)))
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_lengths_resets_and_directions(poisoned, kernel_device, operator, lengths, reset, reverse):
     flags = {"lengths": lengths or None, "reset": reset or None, "reverse": reverse}
