@@ -30,12 +30,11 @@ def transformed() -> bool:
 def project(input: Tensor, weight_ih: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None) -> Tensor:
     r"""The input's share of every pre-activation, $W_{ih} x_t + b_{ih} + b_{hh}$, in one matrix product.
 
-    Returns a new contiguous tensor of shape (sequence_length, batch, gates * hidden_size).
+    Returns a new contiguous tensor, with gates * hidden_size features.
     """
-    steps, batch, _ = input.shape
     biases = [bias for bias in (bias_ih, bias_hh) if bias is not None]
-    projected = linear(input.flatten(0, 1), weight_ih, sum(biases[1:], biases[0]) if biases else None)
-    return projected.view(steps, batch, weight_ih.shape[0])
+    projected = linear(input.flatten(0, -2), weight_ih, sum(biases[1:], biases[0]) if biases else None)
+    return projected.view(*input.shape[:-1], weight_ih.shape[0])
 
 
 def project_normalized(
@@ -53,10 +52,10 @@ def projection_gradients(
     grad_projected: Tensor, input: Tensor, weight_ih: Tensor, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``input``, ``weight_ih`` and a bias, through :func:`project`; empty where not needed."""
-    flat = grad_projected.flatten(0, 1)
+    flat = grad_projected.flatten(0, -2)
     needs_input, needs_weight, needs_bias = needs
     grad_input = linear(flat, weight_ih.t()).view(input.shape) if needs_input else input.new_empty(0)
-    grad_weight = linear(flat.t(), input.flatten(0, 1).t()) if needs_weight else input.new_empty(0)
+    grad_weight = linear(flat.t(), input.flatten(0, -2).t()) if needs_weight else input.new_empty(0)
     grad_bias = flat.sum(0) if needs_bias else input.new_empty(0)
     return grad_input, grad_weight, grad_bias
 

@@ -4,7 +4,10 @@ import torch
 from torch import Tensor
 
 from rnnkernels import reference
-from rnnkernels.kernels.eager.products import linear
+from rnnkernels.kernels.eager import gru as eager
+from rnnkernels.kernels.eager.packing import packing
+from rnnkernels.kernels.eager.packing import recurrent_weight_gradient as eager_weight_gradient
+from rnnkernels.kernels.eager.products import ENOUGH_COLUMNS, linear
 from rnnkernels.ops._checks import Arguments, check_recurrent, differentiable
 from rnnkernels.ops._general import Options, check_options, run
 from rnnkernels.ops._sequence import (
@@ -12,6 +15,7 @@ from rnnkernels.ops._sequence import (
     given,
     kernels,
     project_normalized,
+    projection_gradients,
     recurrent_weight_gradient,
     transformed,
 )
@@ -176,15 +180,21 @@ def _gru(
     steps, batch, _ = input.shape
     hidden_size = weight_hh.shape[1]
     gates = input.new_empty(steps, batch, 4 * hidden_size)
-    projected = gates.flatten(0, 1)[:, hidden_size:]
-    flat = input.flatten(0, 1)
     if bias_hh is None:
         bias = bias_ih
     else:
         # That of the candidate's product with the state belongs inside the reset gate; the others can join the input's.
         bias = torch.cat([bias_hh[: 2 * hidden_size], bias_hh.new_zeros(hidden_size)])
         bias = bias if bias_ih is None else bias + bias_ih
-    linear(flat, weight_ih, bias, out=projected)
+    if backend == "eager":
+        rows = packing(lengths, steps, batch)
+        packed = rows.packed(input)
+        kept, spare = gates.flatten(0, 1).tensor_split([len(packed)])
+        spare.zero_()
+        linear(packed, weight_ih, bias, out=kept[:, hidden_size:])
+        states, h_n = eager.forward(kept, rows.sorted(h_0), weight_hh, bias_hh, rows.counts, reverse)
+        return rows.padded(states), rows.unsorted(h_n), gates
+    linear(input.flatten(0, 1), weight_ih, bias, out=gates.flatten(0, 1)[:, hidden_size:])
     with torch.cuda.device_of(input):
         output, h_n = kernels(backend, "gru").forward(gates, h_0, weight_hh, bias_hh, lengths, reverse)
     return output, h_n, gates
@@ -218,27 +228,38 @@ def _gru_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, h_0, both weights and both biases; empty where ``needs`` says that nobody asks."""
     hidden_size = output.shape[-1]
-    with torch.cuda.device_of(input):
-        grad_gates, grad_h_0 = kernels(backend, "gru").backward(
-            grad_output, grad_h_n, output, gates, h_0, weight_hh, lengths, reverse
+    rows = packing(lengths if backend == "eager" else None, *input.shape[:2])
+    values, first, states = rows.packed(input), rows.sorted(h_0), rows.packed(output)
+    if backend == "eager":
+        kept = gates.flatten(0, 1)[: len(values)]
+        gradient, grad_h_0 = eager.backward(
+            rows.packed(grad_output), rows.sorted(grad_h_n), states, kept, first, weight_hh, rows.counts, reverse
         )
-    flat = grad_gates.flatten(0, 1)
-    # Both are read several times, and faster where their rows lie side by side.
-    from_input = flat[:, hidden_size:].contiguous()
-    from_state = grad_gates[..., : 3 * hidden_size].contiguous()
+    else:
+        with torch.cuda.device_of(input):
+            gradient, grad_h_0 = kernels(backend, "gru").backward(
+                grad_output, grad_h_n, output, gates, h_0, weight_hh, lengths, reverse
+            )
+        gradient = gradient.flatten(0, 1)
+    from_input, from_state = gradient[:, hidden_size:], gradient[:, : 3 * hidden_size]
+    if hidden_size >= ENOUGH_COLUMNS:  # products of such size gain from contiguous rows more than the copies cost
+        from_input, from_state = from_input.contiguous(), from_state.contiguous()
     needs_input, _, needs_weight_ih, needs_weight_hh, needs_bias_ih, needs_bias_hh = needs
-    nothing = input.new_empty(0)
-    return (
-        linear(from_input, weight_ih.t()).view(input.shape) if needs_input else nothing,
-        grad_h_0,
-        linear(from_input.t(), input.flatten(0, 1).t()) if needs_weight_ih else nothing.clone(),
-        # The parts of the buffer stand in the order (n, r, z), the rows of the weights in (r, z, n).
-        recurrent_weight_gradient(from_state, output, h_0, lengths, reverse).roll(-hidden_size, 0)
-        if needs_weight_hh
-        else nothing.clone(),
-        from_input.sum(0) if needs_bias_ih else nothing.clone(),
-        from_state.sum((0, 1)).roll(-hidden_size, 0) if needs_bias_hh else nothing.clone(),
+    grad_input, grad_weight_ih, grad_bias_ih = projection_gradients(
+        from_input, values, weight_ih, (needs_input, needs_weight_ih, needs_bias_ih)
     )
+    grad_weight_hh, grad_bias_hh = input.new_empty(0), input.new_empty(0)
+    # The parts of the buffer stand in the order (n, r, z), the rows of the weights in (r, z, n).
+    if needs_weight_hh and backend == "eager":
+        grad_weight_hh = eager_weight_gradient(from_state, states, first, rows.counts, reverse).roll(-hidden_size, 0)
+    elif needs_weight_hh:
+        from_state_padded = from_state.unflatten(0, input.shape[:2])
+        grad_weight_hh = recurrent_weight_gradient(from_state_padded, output, h_0, lengths, reverse)
+        grad_weight_hh = grad_weight_hh.roll(-hidden_size, 0)
+    if needs_bias_hh:
+        grad_bias_hh = from_state.sum(0).roll(-hidden_size, 0)
+    grad_input = rows.padded(grad_input) if needs_input else grad_input
+    return grad_input, rows.unsorted(grad_h_0), grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh
 
 
 @_gru_backward.register_fake

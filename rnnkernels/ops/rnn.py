@@ -4,6 +4,9 @@ import torch
 from torch import Tensor
 
 from rnnkernels import reference
+from rnnkernels.kernels.eager import rnn as eager
+from rnnkernels.kernels.eager.packing import packing
+from rnnkernels.kernels.eager.packing import recurrent_weight_gradient as eager_weight_gradient
 from rnnkernels.ops._checks import check_choice, check_recurrent
 from rnnkernels.ops._general import check_options, run
 from rnnkernels.ops._sequence import (
@@ -163,6 +166,11 @@ def _rnn(
     reverse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    if backend == "eager":
+        rows = packing(lengths, *input.shape[:2])
+        states = project(rows.packed(input), weight_ih, bias_ih, bias_hh)
+        h_n = eager.forward(states, rows.sorted(h_0), weight_hh, rows.counts, nonlinearity, reverse)
+        return rows.padded(states), rows.unsorted(h_n)
     output = project(input, weight_ih, bias_ih, bias_hh)
     with torch.cuda.device_of(input):
         h_n = kernels(backend, "rnn").forward(output, h_0, weight_hh, lengths, nonlinearity, reverse)
@@ -192,19 +200,29 @@ def _rnn_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, h_0, weight_ih, weight_hh and a bias; empty where ``needs`` says that nobody asks."""
+    needs_input, _, needs_weight_ih, needs_weight_hh, needs_bias = needs
+    projection_needs = needs_input, needs_weight_ih, needs_bias
+    grad_weight_hh = weight_hh.new_empty(0)
+    if backend == "eager":
+        rows = packing(lengths, *input.shape[:2])
+        states = rows.packed(output)
+        gradient, grad_h_0 = eager.backward(
+            rows.packed(grad_output), rows.sorted(grad_h_n), states, weight_hh, rows.counts, nonlinearity, reverse
+        )
+        grad_input, grad_weight_ih, grad_bias = projection_gradients(
+            gradient, rows.packed(input), weight_ih, projection_needs
+        )
+        if needs_weight_hh:
+            grad_weight_hh = eager_weight_gradient(gradient, states, rows.sorted(h_0), rows.counts, reverse)
+        grad_input = rows.padded(grad_input) if needs_input else grad_input
+        return grad_input, rows.unsorted(grad_h_0), grad_weight_ih, grad_weight_hh, grad_bias
     with torch.cuda.device_of(input):
-        grad_projected, grad_h_0 = kernels(backend, "rnn").backward(
+        gradient, grad_h_0 = kernels(backend, "rnn").backward(
             grad_output, grad_h_n, output, weight_hh, lengths, nonlinearity, reverse
         )
-    needs_input, _, needs_weight_ih, needs_weight_hh, needs_bias = needs
-    grad_input, grad_weight_ih, grad_bias = projection_gradients(
-        grad_projected, input, weight_ih, (needs_input, needs_weight_ih, needs_bias)
-    )
-    grad_weight_hh = (
-        recurrent_weight_gradient(grad_projected, output, h_0, lengths, reverse)
-        if needs_weight_hh
-        else weight_hh.new_empty(0)
-    )
+    grad_input, grad_weight_ih, grad_bias = projection_gradients(gradient, input, weight_ih, projection_needs)
+    if needs_weight_hh:
+        grad_weight_hh = recurrent_weight_gradient(gradient, output, h_0, lengths, reverse)
     return grad_input, grad_h_0, grad_weight_ih, grad_weight_hh, grad_bias
 
 

@@ -14,6 +14,9 @@ from torch import Tensor
 _ENOUGH = 2_000_000
 """Multiplications from which oneDNN is worth its start."""
 
+ENOUGH_COLUMNS = 256
+"""Multiplications of each element that pay for copying a matrix whose rows are not contiguous, as oneDNN must."""
+
 
 @functools.cache
 def _onednn_is_faster() -> bool:
@@ -40,7 +43,8 @@ def _by_onednn(rows: int, inner: int, columns: int, operand: Tensor) -> bool:
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """input weight^T + bias, of matrices: in ``out``, or as a new tensor."""
     rows, inner = input.shape
-    if _by_onednn(rows, inner, weight.shape[0], input):
+    pays = input.is_contiguous() or weight.shape[0] >= ENOUGH_COLUMNS
+    if pays and _by_onednn(rows, inner, weight.shape[0], input):
         product = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
         return product if out is None else out.copy_(product)
     if bias is None:

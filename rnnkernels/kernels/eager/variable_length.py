@@ -4,23 +4,10 @@ import torch
 from torch import Tensor
 
 
-def running(lengths: Tensor, sequence_length: int) -> list[int]:
-    """How many sequences are still running at each step."""
-    steps = torch.arange(sequence_length, device=lengths.device).unsqueeze(1)
-    return (lengths > steps).sum(1).tolist()
-
-
 def padding(lengths: Tensor, sequence_length: int) -> Tensor:
     """True at the steps after the end of each sequence, of shape (sequence_length, batch, 1)."""
     steps = torch.arange(sequence_length, device=lengths.device).unsqueeze(1)
     return (lengths <= steps).unsqueeze(-1)
-
-
-def descending(lengths: Tensor) -> Tensor | None:
-    """The order that sorts the batch by length, longest first; None where it is sorted already."""
-    if bool((lengths[:-1] >= lengths[1:]).all()):
-        return None
-    return torch.argsort(lengths, descending=True, stable=True)
 
 
 def before(sequence: Tensor, initial: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor:
@@ -39,9 +26,25 @@ _IN_CACHE = 2**16
 """Elements of a sequence that are worked on at once, so that they are still in a cache when they are needed again."""
 
 
-def blocks(sequence_length: int, step_size: int, forward: bool) -> list[slice]:
-    """Steps in blocks of about as many elements as a cache holds, from the first or from the last."""
-    size = max(1, _IN_CACHE // max(1, step_size))
-    starts = range(0, sequence_length, size)
-    slices = [slice(start, min(start + size, sequence_length)) for start in starts]
-    return slices if forward else slices[::-1]
+def blocks(counts: list[int], width: int, from_the_first: bool) -> list[slice]:
+    """Steps in blocks of about as many elements as a cache holds; ``width`` is that of a row."""
+    size = max(1, _IN_CACHE // max(1, width * max(counts)))
+    slices = [slice(start, min(start + size, len(counts))) for start in range(0, len(counts), size)]
+    return slices if from_the_first else slices[::-1]
+
+
+def order_of_steps(sequence_length: int, reverse: bool) -> range:
+    """The steps in the order in which they are taken."""
+    return range(sequence_length - 1, -1, -1) if reverse else range(sequence_length)
+
+
+def joined(carried: Tensor, initial: Tensor, final: Tensor, count: int) -> Tensor:
+    """What a step of ``count`` rows starts from: ``carried``, less the rows that end here, which go to ``final``.
+
+    Rows that begin here come from ``initial``.
+    """
+    if len(carried) < count:
+        return torch.cat([carried, initial[len(carried) : count]]) if len(carried) else initial[:count]
+    if len(carried) > count:
+        final[count : len(carried)] = carried[count:]
+    return carried[:count] if len(carried) > count else carried
