@@ -263,7 +263,7 @@ def test_it_learns_a_memory(kind):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert float(loss) < 0.5
+    assert loss.item() < 0.5
 
 
 @pytest.mark.parametrize("kind", KINDS)
