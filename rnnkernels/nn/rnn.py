@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from rnnkernels import ops
-from rnnkernels._backend import autocast_dtype
-from rnnkernels.ops._checks import check_choice, check_grad_clip, check_probability, check_reset
+from rnnkernels._backend import autocast_dtype, resolve
+from rnnkernels.ops._checks import check_choice, check_grad_clip, check_probability, check_reset, differentiable
+from rnnkernels.ops._sequence import transformed
 
 State = Tensor | tuple[Tensor, Tensor]
 
@@ -241,6 +242,8 @@ class Recurrent(SequenceModule, torch.nn.RNNBase):
         if states is None:
             count = self.num_layers * len(suffixes)
             states = tuple(input.new_zeros(count, input.shape[1], size) for size in self._state_sizes())
+        if lengths is None and reset is None and self._native_is_faster(input, states):
+            return self._run_native(input, states)
         seeds = _Seeds() if self.training and self._draws() else None
         initial = zip(*(state.unbind(0) for state in states), strict=True)
         final = []
@@ -270,6 +273,38 @@ class Recurrent(SequenceModule, torch.nn.RNNBase):
             if self.dropout and self.training and layer < self.num_layers - 1:
                 output = ops.dropout(output, self.dropout, seed=seeds.next())
         return output, tuple(torch.stack(kind) for kind in zip(*final, strict=True))
+
+    def _plain(self) -> bool:
+        """Whether no argument asks for what ``torch.nn`` can't do."""
+        return all(getattr(self, name) == default for name, default in self._options.items())
+
+    def _native_is_faster(self, input: Tensor, states: tuple[Tensor, ...]) -> bool:
+        """Whether PyTorch's own operator serves best: on a CPU, for a few steps."""
+        if input.device.type != "cpu" or torch.compiler.is_compiling() or input.numel() == 0:
+            return False
+        if input.dtype not in (torch.float32, torch.float64):  # PyTorch sums 16-bit gradients in 16 bits
+            return False
+        if not self._plain() or transformed() or autocast_dtype(input.device) is not None:
+            return False
+        if self.dropout and self.training and self.num_layers > 1:
+            return False
+        wanted = differentiable((input, *states, *self.parameters()))
+        steps = self._native_steps_training if wanted else self._native_steps
+        return len(input) <= steps and resolve(input.device, input.dtype) == "eager"
+
+    # Up to so many steps a call of our operator costs more than it saves (a CPU, 1 thread, float32, torch 2.13).
+    _native_steps: ClassVar[float] = 32
+    _native_steps_training: ClassVar[float] = 12
+
+    def _run_native(self, input: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        weights = [getattr(self, name) for name in self._flat_weights_names]
+        options = (weights, self.bias, self.num_layers, 0.0, self.training, self.bidirectional, False)
+        output, *final = self._native_operator()(input, states if len(states) > 1 else states[0], *options)
+        return output, tuple(final)
+
+    def _native_operator(self):
+        """PyTorch's operator for this cell."""
+        raise NotImplementedError
 
     def _draws(self) -> bool:
         """Whether a pass in training draws random masks."""
@@ -428,6 +463,13 @@ class RNN(Recurrent):
 
     _options: ClassVar[dict[str, object]] = {"nonlinearity": "tanh", **Recurrent._options}
 
+    def _plain(self) -> bool:
+        default = all(getattr(self, name) == value for name, value in Recurrent._options.items())
+        return default and self.nonlinearity in ("tanh", "relu")
+
+    def _native_operator(self):
+        return torch.rnn_tanh if self.nonlinearity == "tanh" else torch.rnn_relu
+
     def _operator_options(self) -> dict[str, object]:
         return {"nonlinearity": self.nonlinearity}
 
@@ -555,6 +597,9 @@ class GRU(Recurrent):
 
     def _added_parameters(self, rows: int) -> dict[str, tuple[int, ...]]:
         return {"norm_ih": (rows,), "norm_hh": (rows,)} if self.layer_norm else {}
+
+    def _native_operator(self):
+        return torch.gru
 
     def _operator_options(self) -> dict[str, object]:
         return {"reset_after": self.reset_after}
@@ -707,6 +752,13 @@ class LSTM(Recurrent):
 
     def _draws(self) -> bool:
         return super()._draws() or bool(self.zoneout_cell)
+
+    # oneDNN's layer is the same in ours; but it can't be differentiated twice, so ours it is where gradients are wanted.
+    _native_steps: ClassVar[float] = float("inf")
+    _native_steps_training: ClassVar[float] = 0
+
+    def _native_operator(self):
+        return torch.lstm
 
     def _operator_options(self) -> dict[str, object]:
         return {"zoneout_cell": self.zoneout_cell}

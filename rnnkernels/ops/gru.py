@@ -7,7 +7,7 @@ from rnnkernels import reference
 from rnnkernels.kernels.eager import gru as eager
 from rnnkernels.kernels.eager.packing import packing
 from rnnkernels.kernels.eager.packing import recurrent_weight_gradient as eager_weight_gradient
-from rnnkernels.kernels.eager.products import ENOUGH_COLUMNS, linear
+from rnnkernels.kernels.eager.products import ENOUGH_COLUMNS, by_onednn, linear
 from rnnkernels.ops._checks import Arguments, check_recurrent, differentiable
 from rnnkernels.ops._general import Options, check_options, run
 from rnnkernels.ops._sequence import (
@@ -120,7 +120,8 @@ def gru(
     if options.needed or reset is not None or not reset_after or norm_ih is not None or norm_hh is not None:
         return _with_options(arguments, options, reverse=reverse, reset_after=reset_after)
     del tensors["norm_ih"], tensors["norm_hh"]
-    if arguments.backend == "eager" and lengths is None and not differentiable(tensors.values()):
+    wanted = differentiable(tensors.values())
+    if arguments.backend == "eager" and lengths is None and not wanted and not by_onednn(h_0, weight_hh):
         return _native_forward(**tensors, reverse=reverse)
     output, h_n, _ = torch.ops.rnnkernels.gru(*tensors.values(), arguments.lengths, reverse, arguments.backend)
     return output, h_n

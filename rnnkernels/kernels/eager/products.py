@@ -52,6 +52,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Te
     return torch.addmm(bias, input, weight.t(), out=out)
 
 
+def by_onednn(state: Tensor, weight: Tensor) -> bool:
+    """Whether the product of a state with recurrent weights is oneDNN's."""
+    return _by_onednn(len(state), *weight.shape[::-1], weight)
+
+
 class Recurrent:
     """The product of every step's state with the same matrix: ``addend + state weight^T``."""
 
