@@ -22,12 +22,27 @@ TYPES = {"bfloat16": "highest", "float16": "highest", "float32 ieee": "highest",
 LARGEST_RESIDENT = {
     "rnn": {"bfloat16": 256, "float16": 256, "float32 ieee": 64, "float32 tf32": 128},
     "gru": {"bfloat16": 128, "float16": 128, "float32 ieee": 64, "float32 tf32": 64},
+    "lstm": {"bfloat16": 128, "float16": 128, "float32 ieee": 64, "float32 tf32": 64},
 }
 OPTIONS = {
     "rnn": list(itertools.product(("tanh", "sigmoid", "relu", "identity"), (False, True), (False, True))),
     "gru": list(itertools.product(("bias", "no bias"), (False, True), (False, True))),
+    "lstm": list(itertools.product(("plain",), (False, True), (False, True))),
 }
-HEAVIEST = {"rnn": ("tanh", True, True), "gru": ("bias", True, True)}
+HEAVIEST = {"rnn": ("tanh", True, True), "gru": ("bias", True, True), "lstm": ("plain", True, True)}
+
+EVERY_OPTION = {"recurrent_dropout": 0.3, "zoneout": 0.2, "grad_clip": 1.0, "reverse": True, "key": 2**62 + 1}
+GENERAL = {
+    "rnn": ("rnn_forward", "rnn_backward"),
+    "gru": ("gru_forward", "gru_backward"),
+    "gru, reset before": (
+        *("gru_gates_forward", "gru_candidate_forward"),
+        *("gru_candidate_backward", "gru_gates_backward"),
+    ),
+    "lstm": ("lstm_forward", "lstm_backward"),
+    "lstm, projection": ("lstm_forward", "state_forward", "state_backward", "lstm_backward"),
+}
+"""Variants of the cells with options, and the kernels of a step."""
 
 
 def cases():
@@ -61,12 +76,87 @@ def launch(cell, hidden_size, batch, dtype, variant="tanh", reverse=False, has_l
         weight = torch.zeros(hidden_size, hidden_size, dtype=dtype)
         module.forward(sequence, state, weight, lengths, variant, reverse)
         module.backward(sequence, state, sequence, weight, lengths, variant, reverse)
+    elif cell == "lstm":
+        weight = torch.zeros(4 * hidden_size, hidden_size, dtype=dtype)
+        gates = torch.zeros(sequence_length, batch, 4 * hidden_size, dtype=dtype)
+        *_, cells = module.forward(gates, state, state, weight, lengths, reverse)
+        module.backward(sequence, state, state, sequence, gates, cells, state, state, weight, lengths, reverse)
     else:
         weight = torch.zeros(3 * hidden_size, hidden_size, dtype=dtype)
         gates = torch.zeros(sequence_length, batch, 4 * hidden_size, dtype=dtype)
         bias = None if variant == "no bias" else weight[:, 0]
         module.forward(gates, state, weight, bias, lengths, reverse)
         module.backward(sequence, state, sequence, gates, state, weight, lengths, reverse)
+
+
+def launch_general(variant, hidden_size, batch, dtype, norm, with_options, sequence_length=2):
+    """Call the host functions of the general recurrence, with every option or with none. Runs in the worker."""
+    import torch
+
+    from rnnkernels.kernels.recurrence import Recurrence, Weights
+    from rnnkernels.kernels.triton import general
+
+    def zeros(*shape):
+        return torch.zeros(*shape, dtype=dtype)
+
+    cell, *special = variant.split(", ")
+    rows, size = general.ROWS[cell] * hidden_size, 33 if special == ["projection"] else hidden_size
+    is_lstm = cell == "lstm"
+    options = {**EVERY_OPTION, "zoneout_cell": 0.2 if is_lstm else 0.0} if with_options else {}
+    recurrence = Recurrence(cell, reset_after=special != ["reset before"], **options)
+    weights = Weights(
+        zeros(rows, size),
+        bias=None if is_lstm else zeros(hidden_size),
+        weight_hr=zeros(size, hidden_size) if special == ["projection"] else None,
+        weight_peephole=zeros(3, hidden_size) if is_lstm and with_options else None,
+        norm_hh=zeros(rows) if norm else None,
+        norm_cell_weight=zeros(hidden_size) if is_lstm and norm else None,
+        norm_cell_bias=zeros(hidden_size) if is_lstm and norm else None,
+    )
+    lengths = torch.ones(batch, dtype=torch.int64) if with_options else None
+    reset = torch.zeros(sequence_length, batch, dtype=torch.bool) if with_options else None
+    h, c = zeros(batch, size), zeros(batch, hidden_size) if is_lstm else None
+    trace = general.forward(zeros(sequence_length, batch, rows), h, c, weights, lengths, reset, recurrence)
+    general.backward(trace.output, h, c, trace, h, c, weights, lengths, reset, recurrence)
+
+
+def compile_general(case):
+    """What the kernels of a step need, by name. Runs in the worker."""
+    import offline
+    import torch
+
+    variant, capability, kind, hidden_size, norm, with_options = case
+    with offline.absent_gpu(capability) as launches:
+        launch_general(variant, hidden_size, 3, getattr(torch, kind), norm, with_options)
+    by_name = {kernel.__name__: compiled for kernel, compiled in launches}
+    return {name: offline.needs(compiled, capability) for name, compiled in by_name.items()}
+
+
+def general_kernels_compiled_for_new_lengths_and_batches(variant):
+    """How many kernels a GPU would compile for many lengths and batches of an odd size. Runs in the worker."""
+    import offline
+    import torch
+
+    counts = {}
+    with offline.absent_gpu(90) as launches:
+        for sequence_length, batch in ((1, 1), (2, 16), (17, 3), (16, 64)):
+            launch_general(variant, 17, batch, torch.bfloat16, True, True, sequence_length)
+    for kernel, compiled in launches:
+        counts.setdefault(kernel.__name__, set()).add(compiled.hash)
+    return {name: len(hashes) for name, hashes in counts.items()}
+
+
+def general_cases():
+    """(variant, capability, type, hidden_size, normalization, every option) of the steps to compile."""
+    everything = os.environ.get("RNNKERNELS_COMPILE_ALL") == "1"
+    for variant, capability in itertools.product(GENERAL, CAPABILITIES):
+        for kind, hidden_size in (("bfloat16", 129), ("float32", 4096)):
+            yield variant, capability, kind, hidden_size, True, True
+        yield variant, capability, "bfloat16", 1000, False, True
+        if everything:
+            flags = itertools.product((False, True), repeat=2)
+            for kind, size, (norm, options) in itertools.product(("bfloat16", "float32"), (1, 64, 512, 1024), flags):
+                yield variant, capability, kind, size, norm, options
 
 
 def compile_case(case):
@@ -120,6 +210,11 @@ def compiled(workers):
     return {case: workers.submit(compile_case, case) for case in cases()}
 
 
+@pytest.fixture(scope="module")
+def compiled_general(workers):
+    return {case: workers.submit(compile_general, case) for case in general_cases()}
+
+
 @pytest.mark.parametrize("case", list(cases()), ids=str)
 def test_it_compiles_and_fits(compiled, case):
     import offline
@@ -148,3 +243,22 @@ def test_it_compiles_and_fits(compiled, case):
 def test_a_new_length_or_batch_compiles_nothing(workers, cell):
     counts = workers.submit(kernels_compiled_for_new_lengths_and_batches, cell).result(timeout=600)
     assert counts == dict.fromkeys(("forward_resident", "backward_resident", "forward_step", "backward_step"), 1)
+
+
+@pytest.mark.parametrize("case", list(general_cases()), ids=str)
+def test_steps_compile_and_fit(compiled_general, case):
+    import offline
+
+    variant = case[0]
+    found = compiled_general[case].result(timeout=600)
+    masks = ["mask_elements"] * bool(case[-1])
+    assert sorted(found) == sorted([*GENERAL[variant], *masks])
+    for name, needs in found.items():
+        assert needs["spilled_bytes"] <= MAX_SPILLED_BYTES, (name, needs)
+        assert needs["shared_memory"] <= offline.SHARED_MEMORY[86], (name, needs)
+
+
+@pytest.mark.parametrize("variant", list(GENERAL))
+def test_a_new_length_or_batch_compiles_no_step(workers, variant):
+    counts = workers.submit(general_kernels_compiled_for_new_lengths_and_batches, variant).result(timeout=600)
+    assert counts == dict.fromkeys((*GENERAL[variant], "mask_elements"), 1)
