@@ -103,10 +103,18 @@ class TestMoving:
             with pytest.raises(TypeError, match="unexpected keyword argument"):
                 refused()
 
-    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    @pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+    def test_torch_nn_breaks_the_graph(self, name):
+        compiled = torch.compile(getattr(torch.nn, name)(3, 4), fullgraph=True, backend="eager")
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            compiled(self.x)
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
     def test_torchscript_and_quantization(self):
         lstm = rk.LSTM(3, 4)
         with pytest.raises(torch.jit.frontend.NotSupportedError):
             torch.jit.script(lstm)
         model = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(lstm), {torch.nn.LSTM})
         assert type(model[0]) is rk.LSTM
+        model = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(torch.nn.LSTM(3, 4)), {torch.nn.LSTM})
+        assert type(model[0]) is not torch.nn.LSTM
