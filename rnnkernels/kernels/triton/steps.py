@@ -10,6 +10,7 @@ batch, and the number of columns.
 import triton
 import triton.language as tl
 
+from rnnkernels.kernels.eager import random
 from rnnkernels.kernels.triton.gru import gate_gradients, new_state, through_reset, through_state
 from rnnkernels.kernels.triton.lstm import cell_state, through_cell_state, through_output
 from rnnkernels.kernels.triton.pointwise import activate, clip, sigmoid, tanh, through_activation
@@ -17,6 +18,9 @@ from rnnkernels.kernels.triton.random import dropped
 
 RUNTIME = ("time", "earlier", "earlier_cell", "later", "batch", "key", "zoneout", "zoneout_cell")
 """Arguments on whose value no kernel is specialized."""
+
+STATE, CELL = tl.constexpr(random.ZONEOUT), tl.constexpr(random.ZONEOUT_CELL)
+"""Streams of the masks of zoneout."""
 
 
 # What all kernels share
@@ -142,12 +146,18 @@ def through_normalize_pair(grad_r, grad_z, r, z, gain_r, gain_z, size, epsilon, 
 
 
 @triton.jit
+def probability_of(bound):
+    """What a mask drawn with this bound drops: see ``rnnkernels.kernels.triton.random``."""
+    return bound.to(tl.float32) * (1.0 / 4294967296.0)
+
+
+@triton.jit
 def zone_out(old, new, index, key, bound, STREAM: tl.constexpr, ZONEOUT: tl.constexpr):
-    """Where ``old`` stays, by the mask or, if its expectation is asked for, in part. ``bound`` is 2^32 probability."""
+    """``old`` where the mask says so, else ``new``; or the expectation of that."""
     if ZONEOUT == "drawn":
         return tl.where(dropped(index, key, bound, STREAM), old, new)
     elif ZONEOUT == "expected":
-        return new + bound.to(tl.float32) * (1.0 / 4294967296.0) * (old - new)
+        return new + probability_of(bound) * (old - new)
     else:
         return new
 
@@ -159,7 +169,7 @@ def through_zoneout(gradient, index, key, bound, STREAM: tl.constexpr, ZONEOUT: 
         stays = dropped(index, key, bound, STREAM)
         return tl.where(stays, gradient, 0.0), tl.where(stays, 0.0, gradient)
     elif ZONEOUT == "expected":
-        old = gradient * (bound.to(tl.float32) * (1.0 / 4294967296.0))
+        old = probability_of(bound) * gradient
         return old, gradient - old
     else:
         return tl.zeros_like(gradient), gradient
@@ -206,7 +216,7 @@ def settle(
     tile = at(time, batch, rows) * size + columns
     local = rows * size + columns
     ended = has_ended(lengths, time, rows, batch)
-    new = zone_out(old, new, tile, key, zoneout, 1, ZONEOUT)
+    new = zone_out(old, new, tile, key, zoneout, STATE, ZONEOUT)
     write(output + tile, new, ended, mask)
     state = tl.where(ended, before, new).to(output.dtype.element_ty)
     if following is not None:
@@ -240,7 +250,7 @@ def arriving(
     product = read(through + local, mask) * factor_of(recurrent_mask, local, mask)
     arrived = read(beside + local, mask) + tl.where(is_reset(reset, later, rows, batch), 0.0, product)
     gradient = tl.where(has_ended(lengths, time, rows, batch), 0.0, arrived + read(grad_output + tile, mask))
-    grad_old, grad_new = through_zoneout(gradient, tile, key, zoneout, 1, ZONEOUT)
+    grad_old, grad_new = through_zoneout(gradient, tile, key, zoneout, STATE, ZONEOUT)
     return arrived, grad_old, grad_new
 
 
@@ -773,7 +783,7 @@ def lstm_forward(
     write(gates + part + 3 * hidden_size, o, ended, mask)
     if new_cells is not None:
         write(new_cells + tile, new_c, ended, mask)
-    mixed = zone_out(old_c, new_c, tile, key, zoneout_cell, 2, ZONEOUT_CELL)
+    mixed = zone_out(old_c, new_c, tile, key, zoneout_cell, CELL, ZONEOUT_CELL)
     tl.store(cells + tile, tl.where(ended, before_c, mixed), mask=mask)
     shown = new_c
     if norm_cell_weight is not None:
@@ -932,7 +942,7 @@ def lstm_backward(
             tl.store(grad_states + tile, grad_m, mask=mask)
     arrived_c = read(grad_c + local, mask)
     gradient = tl.where(ended, 0.0, arrived_c)
-    grad_old_c, grad_new_c = through_zoneout(gradient, tile, key, zoneout_cell, 2, ZONEOUT_CELL)
+    grad_old_c, grad_new_c = through_zoneout(gradient, tile, key, zoneout_cell, CELL, ZONEOUT_CELL)
     new_c = read(new_cells + tile, mask)
     _, old_c = state_before(c, None, reset, lengths, place, earlier_cell)
 
