@@ -753,7 +753,7 @@ class LSTM(Recurrent):
     def _draws(self) -> bool:
         return super()._draws() or bool(self.zoneout_cell)
 
-    # oneDNN's layer is the same in ours; but it can't be differentiated twice, so ours it is where gradients are wanted.
+    # The same layer of oneDNN's is in ours, which can also be differentiated twice.
     _native_steps: ClassVar[float] = float("inf")
     _native_steps_training: ClassVar[float] = 0
 

@@ -36,11 +36,12 @@ def forward(
         zip(*(part.split(counts) for part in (sums, two_gates, *gates.split(hidden_size, -1), states)), strict=True)
     )
     h_n = torch.empty_like(h_0, memory_format=torch.contiguous_format)
-    hidden = h_0[:0]
+    hidden, count = h_0[:0], -1
     for t in order_of_steps(len(counts), reverse):
         sums, rz, hn, r, z, n, new = steps[t]
-        hidden = joined(hidden, h_0, h_n, counts[t])
-        a = product(hidden, sums, out=sums)
+        if counts[t] != count:
+            hidden, count = joined(hidden, h_0, h_n, counts[t]), counts[t]
+        a = product(hidden, sums, sums)
         if a is sums:
             rz.sigmoid_()
         else:
@@ -48,7 +49,7 @@ def forward(
             torch.sigmoid(a[:, hidden_size:], out=rz)
         n.addcmul_(r, hn).tanh_()
         hidden = torch.lerp(n, hidden, z, out=new)
-    h_n[: len(hidden)] = hidden
+    h_n[:count] = hidden
     return states, h_n
 
 
@@ -83,24 +84,27 @@ def backward(
     grad_h_0 = torch.empty_like(h_0, memory_format=torch.contiguous_format)
     buffers = grad_states.new_empty(2, *h_0.shape)
     starts = [0, *itertools.accumulate(counts)]
-    carried = grad_h_n[:0]
+    carried, count = grad_h_n[:0], -1
     for some in blocks(counts, 4 * hidden_size, from_the_first=reverse):
         for t in range(some.start, some.stop):
             earlier = t + 1 if reverse else t - 1
-            before = after[earlier] if 0 <= earlier < len(counts) else h_0[:0]
-            known = min(len(before), counts[t])
-            torch.sub(before[:known], n[t][:known], out=slope_z[t][:known])
-            if known < counts[t]:
-                torch.sub(h_0[known : counts[t]], n[t][known:], out=slope_z[t][known:])
+            known = min(counts[earlier], counts[t]) if 0 <= earlier < len(counts) else 0
+            if known == counts[t]:
+                torch.sub(after[earlier][:known], n[t], out=slope_z[t])
+            else:
+                begun = after[earlier][:known] if known else h_0[:0]
+                torch.sub(torch.cat([begun, h_0[known : counts[t]]]), n[t], out=slope_z[t])
         rows = slice(starts[some.start], starts[some.stop])
         _finish_slopes(parts[rows], slopes[rows])
         for t in order_of_steps(len(counts), not reverse)[_within(some, len(counts), reverse)]:
-            total = joined(carried, grad_h_n, grad_h_0, counts[t])
-            total = torch.add(total, arriving[t], out=buffers[0, : counts[t]])
+            if counts[t] != count:
+                carried, count = joined(carried, grad_h_n, grad_h_0, counts[t]), counts[t]
+                total, kept = buffers[:, :count]
+            torch.add(carried, arriving[t], out=total)
             slope[t].mul_(total.unsqueeze(1))
-            kept = torch.mul(total, update[t], out=buffers[1, : counts[t]])
-            carried = product(from_state[t], kept, out=kept)
-    grad_h_0[: len(carried)] = carried
+            torch.mul(total, update[t], out=kept)
+            carried = product(from_state[t], kept, kept)
+    grad_h_0[:count] = carried
     return grad_gates, grad_h_0
 
 

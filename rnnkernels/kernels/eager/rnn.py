@@ -42,12 +42,13 @@ def forward(
     product = Recurrent(weight_hh, len(h_0))
     h_n = torch.empty_like(h_0, memory_format=torch.contiguous_format)
     steps = states.split(counts)
-    hidden = h_0[:0]
+    hidden, count = h_0[:0], -1
     for t in order_of_steps(len(counts), reverse):
         step = steps[t]
-        hidden = joined(hidden, h_0, h_n, counts[t])
-        hidden = activate(product(hidden, step, out=step), out=step)
-    h_n[: len(hidden)] = hidden
+        if counts[t] != count:
+            hidden, count = joined(hidden, h_0, h_n, counts[t]), counts[t]
+        hidden = activate(product(hidden, step, step), out=step)
+    h_n[:count] = hidden
     return h_n
 
 
@@ -65,16 +66,18 @@ def backward(
     grad_projected = derivative(nonlinearity, states)
     grad_h_0 = torch.empty_like(grad_h_n, memory_format=torch.contiguous_format)
     buffer = torch.empty_like(grad_h_0)
+    carried = buffer
     arriving, steps = grad_states.split(counts), grad_projected.split(counts)
-    previous, began = None, 0
+    previous, count = None, -1
     for t in order_of_steps(len(counts), not reverse):
-        count = counts[t]
-        if previous is not None and began == count:
-            total = product(previous, arriving[t], out=buffer[:count])
+        if counts[t] == count:
+            total = product(previous, arriving[t], carried)
         else:
             # Some sequences end or begin here, against the order of the forward pass.
-            carried = grad_h_n[:0] if previous is None else previous @ weight_hh
-            total = joined(carried, grad_h_n, grad_h_0, count) + arriving[t]
-        previous, began = steps[t].mul_(total), count
-    grad_h_0[:began] = previous @ weight_hh
+            reached = grad_h_n[:0] if previous is None else previous @ weight_hh
+            count = counts[t]
+            total = joined(reached, grad_h_n, grad_h_0, count) + arriving[t]
+            carried = buffer[:count]
+        previous = steps[t].mul_(total)
+    grad_h_0[:count] = previous @ weight_hh
     return grad_projected, grad_h_0
