@@ -14,7 +14,8 @@ from rnnkernels.ops._checks import check_choice, check_probability
 
 def positive(input: Tensor) -> Tensor:
     r"""A positive, continuous and increasing function: $x + 1/2$ where $x \ge 0$, else $\sigma(x)$."""
-    return torch.where(input >= 0, input + 0.5, torch.sigmoid(input))
+    above = torch.relu(input)
+    return above + torch.sigmoid(input - above)  # torch.where would take twice as long on a CPU
 
 
 NONLINEARITIES = {"positive": positive, "identity": lambda input: input, "tanh": torch.tanh}
