@@ -5,6 +5,7 @@ from torch import Tensor
 
 from rnnkernels import ops, reference
 from rnnkernels.ops._checks import check_choice
+from rnnkernels.ops._sequence import transformed
 
 
 def check_cell(input: Tensor, hx: Tensor | None) -> None:
@@ -87,7 +88,7 @@ class RNNCell(torch.nn.RNNCell):
             If a size does not fit, as in ``torch.nn.RNNCell``.
         """
         check_cell(input, hx)
-        if self.nonlinearity in ("tanh", "relu"):
+        if self.nonlinearity in ("tanh", "relu") and not transformed():  # which PyTorch's operator can't be
             return super().forward(input, hx)
         if hx is None:
             hx = input.new_zeros(*input.shape[:-1], self.hidden_size)
@@ -170,12 +171,14 @@ class GRUCell(torch.nn.GRUCell):
             If a size does not fit, as in ``torch.nn.GRUCell``.
         """
         check_cell(input, hx)
-        if self.reset_after:
+        if self.reset_after and not transformed():
             return super().forward(input, hx)
         batched = input.dim() == 2
         input, hx = (value if value is None or batched else value.unsqueeze(0) for value in (input, hx))
-        hx = input.new_zeros(len(input), self.hidden_size) if hx is None else hx
-        new = reference.gru_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, False)
+        hx = input.new_zeros(input.shape[0], self.hidden_size) if hx is None else hx
+        new = reference.gru_cell(
+            input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, self.reset_after
+        )
         return new if batched else new.squeeze(0)
 
 
@@ -240,4 +243,10 @@ class LSTMCell(torch.nn.LSTMCell):
             raise TypeError(f"hx: expected a pair of Tensors, (h, c), got {type(hx).__name__}")
         for state in hx or (None,):
             check_cell(input, state)
-        return super().forward(input, hx if hx is None else tuple(hx))
+        if not transformed():
+            return super().forward(input, hx if hx is None else tuple(hx))
+        batched = input.dim() == 2
+        hx = (input.new_zeros(*input.shape[:-1], self.hidden_size),) * 2 if hx is None else hx
+        input, *hx = (value if batched else value.unsqueeze(0) for value in (input, *hx))
+        new = reference.lstm_cell(input, *hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        return new if batched else tuple(state.squeeze(0) for state in new)

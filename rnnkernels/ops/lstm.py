@@ -171,7 +171,8 @@ def lstm(
         return _with_options(arguments, options, reverse)
     plain = [tensor for name, tensor in tensors.items() if name not in _OF_OPTIONS]
     if arguments.backend == "eager" and onednn.available(tensors["input"], tensors["h_0"]):
-        if lengths is None and len(input) <= FEW_STEPS and differentiable(plain) and not torch.compiler.is_compiling():
+        # While it is compiled or exported, the number of steps must stay open.
+        if not torch.compiler.is_compiling() and lengths is None and len(input) <= FEW_STEPS and differentiable(plain):
             return _steps(*plain, reverse)
         return _native(*plain, arguments.lengths, reverse)
     return torch.ops.rnnkernels.lstm(*plain, arguments.lengths, reverse, arguments.backend)[:3]
@@ -259,7 +260,7 @@ def _native(
     h_n = output.gather(0, (lengths - 1).view(1, -1, 1).expand(1, *h_0.shape)).squeeze(0)
     if order is not None:
         output = output.gather(0, order.expand_as(output))
-    return output.masked_fill(padding(lengths, len(output)), 0), h_n, c_n
+    return output.masked_fill(padding(lengths, output.shape[0]), 0), h_n, c_n
 
 
 def _layer(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, reverse):
