@@ -19,11 +19,13 @@ KINDS = ("RNN", "GRU", "LSTM")
 FORMS = ("batched", "unbatched", "packed", "packed unsorted", "lengths")
 
 
-def pair(*args, kind="RNN", dtype=torch.float64, **kwargs):
-    """Ours and torch's module with the same parameters."""
+def pair(*args, kind="RNN", dtype=torch.float64, native=False, **kwargs):
+    """Ours and torch's module with the same parameters. Ours calls torch's operator, for a few steps, if ``native``."""
     theirs = getattr(torch.nn, kind)(*args, dtype=dtype, **kwargs)
     ours = getattr(rk, kind)(*args, dtype=dtype, **kwargs)
     ours.load_state_dict(theirs.state_dict())
+    if not native:
+        ours._native_steps = ours._native_steps_training = 0
     return ours, theirs
 
 
@@ -121,8 +123,8 @@ def constructor_arguments(draw):
 def configurations(draw):
     """Arguments of the module, the form and sizes of a batch, whether there is an initial state, and a seed."""
     sizes = draw(st.integers(1, 12)), draw(st.integers(1, 5))
-    form = draw(st.sampled_from(FORMS))
-    return draw(constructor_arguments()), form, sizes, draw(st.booleans()), draw(st.integers(0, 2**32))
+    arguments = {**draw(constructor_arguments()), "native": draw(st.integers(0, 3)) == 0}
+    return arguments, draw(st.sampled_from(FORMS)), sizes, draw(st.booleans()), draw(st.integers(0, 2**32))
 
 
 def case(arguments, form, sizes, has_state, dtype=torch.float64):
@@ -187,8 +189,9 @@ def test_torch_gives_the_same_in_float32_at_larger_sizes(input_size, hidden_size
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_results_without_gradients(dtype, batch_first, kind):
-    ours, theirs = pair(3, 4, 2, bidirectional=True, batch_first=batch_first, dtype=dtype, kind=kind)
+@pytest.mark.parametrize("native", [True, False])
+def test_results_without_gradients(native, dtype, batch_first, kind):
+    ours, theirs = pair(3, 4, 2, bidirectional=True, batch_first=batch_first, dtype=dtype, kind=kind, native=native)
     input = torch.randn(5, 5, 3, dtype=dtype)
     with torch.no_grad():
         torch.testing.assert_close(ours(input), theirs(input))
@@ -348,8 +351,9 @@ def test_dropout_at_its_limits(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_gradients_in_eval_mode_and_double_backward(dtype, kind):
-    ours, theirs = pair(3, 4, 2, kind=kind)
+@pytest.mark.parametrize("native", [True, False])
+def test_gradients_in_eval_mode_and_double_backward(native, dtype, kind):
+    ours, theirs = pair(3, 4, 2, kind=kind, native=native)
     input = torch.randn(5, 2, 3, dtype=dtype, requires_grad=True)
     ours = ours.to(dtype)
     penalties = []
