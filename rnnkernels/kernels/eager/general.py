@@ -4,12 +4,14 @@
 class. Everything that does not wait for the step before is done for all steps at once.
 """
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
 from rnnkernels.kernels.eager import random
+from rnnkernels.kernels.eager.products import add_linear, linear
 from rnnkernels.kernels.eager.rnn import ACTIVATE, derivative
 from rnnkernels.kernels.eager.variable_length import before, padding
 from rnnkernels.kernels.recurrence import Gradients, Recurrence, Trace, Weights
@@ -54,8 +56,13 @@ class _Cell:
     def __init__(self, weights: Weights, recurrence: Recurrence):
         self.weights, self.recurrence = weights, recurrence
         self.hidden_size = weights.weight_hh.shape[0] // self.rows
-        self.weight_hh = weights.weight_hh
+        self.weight_hh = weights.weight_hh.contiguous()
         self.bound = recurrence.grad_clip
+
+    @functools.cached_property
+    def weight_hh_t(self) -> Tensor:
+        """The recurrent weights transposed, for the way back."""
+        return self.weight_hh.t().contiguous()
 
     def norm(self, rows: slice) -> _Norm | None:
         gain = self.weights.norm_hh
@@ -76,9 +83,9 @@ class _RNN(_Cell):
 
     def forward(self, projected, product, gates, recurrent, h, c):
         if self.norm_hh is None:
-            torch.addmm(projected, recurrent, self.weight_hh.t(), out=gates)
+            add_linear(projected, recurrent, self.weight_hh, out=gates)
         else:
-            torch.addmm(projected, recurrent, self.weight_hh.t(), out=product)
+            add_linear(projected, recurrent, self.weight_hh, out=product)
             gates.copy_(self.norm_hh(product))
         return ACTIVATE[self.recurrence.nonlinearity](gates, out=gates), None
 
@@ -91,7 +98,7 @@ class _RNN(_Cell):
         grad_a = self.clip_(slopes.mul_(grad_h))
         if self.norm_hh is not None:
             grad_a = grad_product.copy_(self.norm_hh.backward(grad_a, t))
-        return grad_a @ self.weight_hh, None, None
+        return linear(grad_a, self.weight_hh_t), None, None
 
 
 class _GRU(_Cell):
@@ -110,7 +117,7 @@ class _GRU(_Cell):
             for tensor, widths in ((gates, (size, 2 * size, size)), (projected, (2 * size, size)))
         )
         if self.norm_rz is None:
-            torch.addmm(given_rz, recurrent, self.weight_rz.t(), out=rz)
+            add_linear(given_rz, recurrent, self.weight_rz, out=rz)
         else:
             torch.add(
                 given_rz, self.norm_rz(torch.mm(recurrent, self.weight_rz.t(), out=product[:, : 2 * size])), out=rz
@@ -190,7 +197,7 @@ class _LSTM(_Cell):
     def forward(self, projected, product, gates, recurrent, h, c):
         size = self.hidden_size
         if self.norm_hh is None:
-            torch.addmm(projected, recurrent, self.weight_hh.t(), out=gates)
+            add_linear(projected, recurrent, self.weight_hh, out=gates)
         else:
             torch.add(projected, self.norm_hh(torch.mm(recurrent, self.weight_hh.t(), out=product)), out=gates)
         i, f, g, o = gates.split(size, -1)
@@ -241,7 +248,7 @@ class _LSTM(_Cell):
             grad_c.addcmul_(i, self.peephole[0]).addcmul_(f, self.peephole[1])
         if self.norm_hh is not None:
             slopes = grad_product.copy_(self.norm_hh.backward(slopes, t))
-        return slopes @ self.weight_hh, None, grad_c
+        return linear(slopes, self.weight_hh_t), None, grad_c
 
 
 _CELLS = {"rnn": _RNN, "gru": _GRU, "lstm": _LSTM}

@@ -52,6 +52,13 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Te
     return torch.addmm(bias, input, weight.t(), out=out)
 
 
+def add_linear(addend: Tensor, input: Tensor, weight: Tensor, *, out: Tensor) -> Tensor:
+    """addend + input weight^T, of matrices, in ``out``."""
+    if _by_onednn(*input.shape, weight.shape[0], input):
+        return out.copy_(torch.ops.mkldnn._linear_pointwise.binary(input, addend, weight, None, "add"))
+    return torch.addmm(addend, input, weight.t(), out=out)
+
+
 def by_onednn(state: Tensor, weight: Tensor) -> bool:
     """Whether the product of a state with recurrent weights is oneDNN's."""
     return _by_onednn(len(state), *weight.shape[::-1], weight)
