@@ -39,7 +39,6 @@ from benchmarks.options import OptionCase  # noqa: E402
 from benchmarks.training import TrainingCase  # noqa: E402
 from rnnkernels import _backend, ops, reference  # noqa: E402
 from rnnkernels.__main__ import (  # noqa: E402
-    GATES,
     LIMITS,
     OPERATORS,
     OPTIONS_SLACK,
@@ -378,18 +377,35 @@ def kernels(visit: Visit) -> bool:
     return not any(case["status"] in ("differs", "failed") for case in document["cases"])
 
 
-def run_forward(
-    operator: str, kernels: ModuleType, buffer: Tensor, initial: list[Tensor], weight_hh: Tensor
-) -> list[Tensor]:
-    """The states, then what else the backward pass reads; ``buffer`` holds the projected input and receives a part."""
+def exact_pass(
+    case: dict, projected: Tensor, outer: Tensor, initial: list[Tensor], weight_hh: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """What a pass gives in float64, and what a forward pass keeps for the backward pass, rounded as it does."""
+    from rnnkernels.kernels.eager import general
+    from rnnkernels.kernels.recurrence import Recurrence, Weights
+
+    recurrence, weights = Recurrence(case["operator"]), Weights(weight_hh.double())
+    h_0, c_0, *_ = *(state.double() for state in initial), None
+    trace = general.forward(projected.double(), h_0, c_0, weights, None, None, recurrence)
+    states, gates = trace.output.to(projected.dtype), trace.gates.to(projected.dtype)
+    if case["operator"] == "rnn":
+        kept, gates = [states], states
+    else:
+        kept = [states, gates] if c_0 is None else [states, gates, trace.cells.float()]
+    if case["pass"] == "forward":
+        return trace.output, kept
+    rounded = trace._replace(output=states.double(), gates=gates.double())
+    gradients = general.backward(outer.double(), h_0, c_0, rounded, h_0, c_0, weights, None, None, recurrence)
+    return gradients.gates, kept
+
+
+def run_forward(operator: str, kernels: ModuleType, buffer: Tensor, initial: list[Tensor], weight_hh: Tensor) -> Tensor:
+    """The states; ``buffer`` holds the projected input and receives what the backward pass reads."""
     if operator == "rnn":
         kernels.forward(buffer, *initial, weight_hh, None, "tanh", False)
-        return [buffer]
-    if operator == "gru":
-        states, _ = kernels.forward(buffer, *initial, weight_hh, None, None, False)
-        return [states, buffer]
-    states, _, _, cells = kernels.forward(buffer, *initial, weight_hh, None, False)
-    return [states, buffer, cells]
+        return buffer
+    bias = [None] if operator == "gru" else []
+    return kernels.forward(buffer, *initial, weight_hh, *bias, None, False)[0]
 
 
 def run_backward(
@@ -406,21 +422,15 @@ def compare_designs(case: dict, device: torch.device, measurement: dict) -> list
     torch.manual_seed(0)
     operator, dtype = case["operator"], getattr(torch, case["dtype"])
     steps, batch, hidden_size = case["sequence_length"], case["batch"], case["hidden_size"]
-    width = (4 if operator == "gru" else GATES[operator]) * hidden_size
     arguments = OPERATORS[operator](1, batch, 1, hidden_size)
     initial = [arguments[name].to(device, dtype) for name in ("h_0", "c_0") if name in arguments]
     weight_hh = arguments["weight_hh"].to(device, dtype)
-    projected = torch.randn(steps, batch, width, device=device).to(dtype)
+    # The GRU's kernels take a buffer with room for one part more, in front of the projected input.
+    rows = weight_hh.shape[0]
+    projected = torch.randn(steps, batch, rows + hidden_size * (operator == "gru"), device=device).to(dtype)
     outer = torch.randn(steps, batch, hidden_size, device=device).to(dtype)
-    eager = importlib.import_module(f"rnnkernels.kernels.eager.{operator}")
     triton = triton_kernels(operator)
-
-    exact_arguments = [state.double() for state in initial], weight_hh.double()
-    kept = run_forward(operator, eager, projected.double(), *exact_arguments)
-    exact, cells = kept[0], kept[2:]
-    kept = [tensor.to(dtype) for tensor in kept[:2]] + [cell.float() for cell in cells]
-    if case["pass"] == "backward":
-        exact = run_backward(operator, eager, outer.double(), [tensor.double() for tensor in kept], *exact_arguments)
+    exact, kept = exact_pass(case, projected[..., -rows:], outer, initial, weight_hh)
     limit = LIMITS[arithmetic(dtype, device)]
 
     def function(design):
@@ -431,7 +441,7 @@ def compare_designs(case: dict, device: torch.device, measurement: dict) -> list
             with forced(operator, design):
                 if case["pass"] == "backward":
                     return run_backward(operator, triton, outer, kept, initial, weight_hh)
-                return run_forward(operator, triton, buffer, initial, weight_hh)[0]
+                return run_forward(operator, triton, buffer, initial, weight_hh)
 
         return run
 
