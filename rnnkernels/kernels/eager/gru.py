@@ -89,7 +89,7 @@ def backward(
         for t in range(some.start, some.stop):
             earlier = t + 1 if reverse else t - 1
             known = min(counts[earlier], counts[t]) if 0 <= earlier < len(counts) else 0
-            if known == counts[t]:
+            if 0 < known == counts[t]:
                 torch.sub(after[earlier][:known], n[t], out=slope_z[t])
             else:
                 begun = after[earlier][:known] if known else h_0[:0]
