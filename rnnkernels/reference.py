@@ -677,3 +677,40 @@ def linear_scan(
         training=False,
         seed=None,
     )
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = True, scale: float | None = None
+) -> Tensor:
+    r"""Scaled dot-product attention, with its whole matrix of weights.
+
+    .. math:: Y = \operatorname{softmax}(Q K^\top / \sqrt d) \, V
+
+    Parameters
+    ----------
+    query : Tensor, shape (batch, heads, query_length, head_dim)
+    key, value : Tensor, shape (batch, heads, key_length, head_dim)
+    is_causal : bool
+        Whether a query sees only the keys up to its own; the last query stands at the last key. Default: True.
+    scale : float, optional
+        Default: $1 / \sqrt d$.
+
+    Returns
+    -------
+    Tensor, shape of ``query``
+
+    References
+    ----------
+    Vaswani et al., "Attention is all you need", NeurIPS 2017, section 3.2.1.
+
+    Examples
+    --------
+    >>> value = torch.tensor([[[[1.0], [3.0]]]])
+    >>> attention(torch.zeros(1, 1, 2, 1), torch.zeros(1, 1, 2, 1), value).flatten().tolist()
+    [1.0, 2.0]
+    """
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device)
+        scores = scores.masked_fill(~visible.tril(scores.shape[-1] - scores.shape[-2]), float("-inf"))
+    return torch.softmax(scores, -1) @ value
