@@ -2,9 +2,9 @@
 
 Usage, from the repository's root: ``OMP_NUM_THREADS=1 python book/record_initialization.py``
 
-Writes ``book/data/initialization.json``: for each initialization and seed the mean squared error during training (a mean
-over each 50 updates) and on 2,000 test sequences, with the versions and the command that made them. It takes about ten
-minutes on one core.
+Writes ``book/data/initialization.json``: for each initialization and seed the mean squared error during training (means
+of 50 updates) and on 2,000 test sequences, with the versions and the command that made them. It takes about ten minutes
+on one core.
 """
 
 import json
