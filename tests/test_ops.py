@@ -307,6 +307,16 @@ def test_a_padded_sequence_is_its_shorter_self(dtype, reverse, operator):
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_no_sequence_has_to_reach_the_last_step(dtype, reverse, operator):
+    tensors = arguments(6, 3, 4, 5, dtype, operator=operator)
+    for lengths in ([4, 2, 3], [1, 1, 1], [3, 3, 2]):
+        tolerance = 1e-12 if dtype == torch.float64 else 5e-6
+        assert_parity(tensors, tolerance, operator, lengths=torch.tensor(lengths), reverse=reverse)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_what_the_padding_holds_goes_nowhere(dtype, reverse, operator):
     tensors = arguments(6, 3, 4, 5, dtype, operator=operator)
     lengths = torch.tensor([4, 6, 1])
