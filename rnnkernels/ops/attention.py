@@ -1,5 +1,7 @@
 """Attention, whose every step looks at all steps before it."""
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -82,13 +84,15 @@ def attention(
         return reference.attention(query, key, value, is_causal=is_causal, scale=scale)
     backend = resolve(query.device, query.dtype)
     if backend == "eager" or head_dim > MAX_HEAD_DIM:
-        return _native(query, key, value, is_causal, scale)
+        return native(query, key, value, is_causal, scale)
     return torch.ops.rnnkernels.attention(query, key, value, is_causal, scale)[0]
 
 
-def _native(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> Tensor:
+def native(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool = True, scale: float | None = None, dropout: float = 0.0
+) -> Tensor:
     """PyTorch's own, whose causal mask puts the first query at the first key: asked only where that is the same."""
-    attend = functional.scaled_dot_product_attention
+    attend = functools.partial(functional.scaled_dot_product_attention, dropout_p=dropout)
     query_length, key_length = query.shape[2], key.shape[2]
     if not is_causal or query_length == 1:
         return attend(query, key, value, scale=scale)
