@@ -130,7 +130,7 @@ STEP = {
 
 
 LARGEST_ROW = 4096
-"""Hidden units that one program can normalize: with more, the LSTM's backward pass runs out of registers."""
+"""Hidden units that one program can normalize: at twice as many, the LSTM spills thousands of bytes."""
 
 
 @cache
@@ -151,11 +151,17 @@ def choose(cell: str, hidden_size: int, batch: int, dtype: torch.dtype, device: 
 
 
 def pointwise(size: int, whole_rows: bool) -> Pointwise:
-    """The tile of a step's pointwise kernels over ``size`` units."""
+    """The tile of a step's pointwise kernels over ``size`` units, where ``whole_rows`` for layer normalization."""
     block_hidden = max(16, triton.next_power_of_2(size))
-    if whole_rows and size > LARGEST_ROW:
-        raise ValueError(f"norm_hh: the Triton kernels normalize at most {LARGEST_ROW} hidden units, got {size}")
     if not whole_rows:
         block_hidden = min(block_hidden, 256)
-    block_batch = max(1, 256 // block_hidden)
-    return Pointwise(block_batch, block_hidden, num_warps=min(16, max(2, block_hidden // 256)))
+    elif size > LARGEST_ROW:
+        raise ValueError(
+            f"norm_hh, norm_cell_weight: expected at most {LARGEST_ROW} hidden units on Triton, got {size}; "
+            'rnnkernels.use_backend("eager") normalizes any number'
+        )
+    return Pointwise(
+        block_batch=max(1, 256 // block_hidden),
+        block_hidden=block_hidden,
+        num_warps=min(16, max(2, block_hidden // 256)),
+    )
