@@ -118,7 +118,7 @@ class GRUCell(torch.nn.GRUCell):
         Where and in which type to make the parameters.
     reset_after : bool
         Whether the reset gate acts after the product with $W_{hn}$, as in ``torch.nn.GRUCell``, or before it, as first
-        published: $n = \tanh(W_{in} x + b_{in} + W_{hn} (r \odot h) + b_{hn})$. Default: True.
+        published: $W_{hn} (r \odot h) + b_{hn}$. Default: True.
 
     References
     ----------

@@ -510,7 +510,7 @@ class GRU(Recurrent):
         Where and in which type to make the parameters.
     reset_after : bool
         Whether the reset gate acts after the product with $W_{hn}$, as in ``torch.nn.GRU``, or before it, as first
-        published: $n_t = \tanh(W_{in} x_t + b_{in} + W_{hn} (r_t \odot h_{t-1}) + b_{hn})$. Default: True.
+        published: $W_{hn} (r_t \odot h_{t-1}) + b_{hn}$. Default: True.
     recurrent_dropout : float
         Probability of a unit of $h_{t-1}$ to be missing from the recurrent products, the same units at every step of a
         sequence. In training only. Default: 0.
