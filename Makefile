@@ -49,6 +49,9 @@ test-pages: book               ## ... the built pages in Chromium
 	@printf '\n== Pages in Chromium\n'
 	@$(PY) -m pytest tests/pages $(ARGS)
 
+mutate: $(READY)               ## break the package one term at a time; tests must notice (ARGS="lstm" chooses)
+	@$(ONE_THREAD) $(PY) tools/mutate.py $(ARGS)
+
 lint: $(READY)                 ## check style, spelling, and that notebooks carry no stray output
 	@tools/lint.sh check
 
@@ -90,4 +93,4 @@ help:                          ## list these commands
 	@awk 'BEGIN { FS = ":.*##" } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
 		/^[a-z-]+:.*##/ { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
-.PHONY: bench book clean constraints distclean env format gpu-visit help lab lint serve space test test-notebooks test-pages test-unit
+.PHONY: bench book clean constraints distclean env format gpu-visit help lab lint mutate serve space test test-notebooks test-pages test-unit

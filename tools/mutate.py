@@ -1,0 +1,684 @@
+"""Break the package one term at a time, and see whether a test notices.
+
+    python tools/mutate.py              # all mutations
+    python tools/mutate.py lstm clip    # those whose name contains any of these
+    python tools/mutate.py --list       # their names, and whether they still apply
+
+Each mutation is made in a copy of the package in a temporary folder, where the tests that ought to notice it then run.
+A mutation that survives means that a test is missing; one that no longer applies means that the table below is out of
+date. Either makes the exit status 1.
+"""
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SUITES = {
+    "ops": (
+        "tests/test_ops.py",
+        "float64_matches or reverse or without_gradients or empty or without_onednn or shorter_self or alone"
+        " or last_step or bias or padding",
+    ),
+    "options": (
+        "tests/test_options.py",
+        "alone_and_in_pairs or all_together or masks or draws or dropconnect or reset",
+    ),
+    "reference": ("tests/test_reference.py", ""),
+    "random": ("tests/test_random.py", "not triton"),
+    "modules": (
+        "tests/test_nn.py tests/test_options.py",
+        "(test_nn and (torch_gives or cell or packed)) or loop or forgets or module or law or mask or parameters"
+        " or bad_calls",
+    ),
+    "transforms": ("tests/test_transforms.py", "vmap or forward_mode or per_sample or cells"),
+    "second": (
+        "tests/test_ops.py tests/test_options.py",
+        "second_gradients or gradients_and_second or test_opcheck",
+    ),
+}
+"""What to run: files, and pytest's -k."""
+
+
+class Mutation(NamedTuple):
+    """One change of one file of the package: ``before`` occurs there exactly once."""
+
+    name: str
+    path: str
+    before: str
+    after: str
+    suite: str = "ops"
+
+
+def of(path: str, suite: str, *changes: tuple[str, str, str]) -> list[Mutation]:
+    return [Mutation(name, path, before, after, suite) for name, before, after in changes]
+
+
+MUTATIONS = [
+    *of(
+        "reference.py",
+        "reference",
+        (
+            "reference rnn: the state's bias left out",
+            "bias for bias in (bias_ih, bias_hh) if bias is not None), a)\n    return ACT",
+            "bias for bias in (bias_ih,) if bias is not None), a)\n    return ACT",
+        ),
+        (
+            "reference rnn: unclipped",
+            "return ACTIVATIONS[nonlinearity](clip_gradient(a, grad_clip))",
+            "return ACTIVATIONS[nonlinearity](a)",
+        ),
+        (
+            "reference gru: gates exchanged",
+            "r, z = torch.sigmoid(clip_gradient(from_input[0]",
+            "z, r = torch.sigmoid(clip_gradient(from_input[0]",
+        ),
+        (
+            "reference gru: update the other way round",
+            "return (1 - z) * n + z * hidden",
+            "return z * n + (1 - z) * hidden",
+        ),
+        (
+            "reference gru: reset after either way",
+            "recurrent if reset_after else r * recurrent, weight_hh[candidate]",
+            "recurrent, weight_hh[candidate]",
+        ),
+        ("reference gru: the mask reaches the carried state", "+ z * hidden", "+ z * recurrent"),
+        ("reference lstm: gates exchanged", "a_i, a_f, a_g, a_o = a.chunk", "a_i, a_g, a_f, a_o = a.chunk"),
+        (
+            "reference lstm: peephole from the old cell state",
+            "a_o = a_o + weight_peephole[2] * cell\n    o",
+            "a_o = a_o + weight_peephole[2] * 0 * cell\n    o",
+        ),
+        (
+            "reference lstm: peepholes exchanged",
+            "a_i + weight_peephole[0] * cell, a_f + weight_peephole[1] * cell",
+            "a_i + weight_peephole[1] * cell, a_f + weight_peephole[0] * cell",
+        ),
+        (
+            "reference lstm: no bias of the normalized cell",
+            "layer_norm(cell, norm_cell_weight) + norm_cell_bias",
+            "layer_norm(cell, norm_cell_weight)",
+        ),
+        (
+            "reference lstm: normalized cell carried on",
+            "hidden = o * torch.tanh(shown)",
+            "hidden, cell = o * torch.tanh(shown), shown",
+        ),
+        ("reference: zoneout the other way round", "torch.where(stays, old, new)", "torch.where(stays, new, old)"),
+        (
+            "reference: expectation the other way round",
+            "stays * old + (1 - stays) * new",
+            "stays * new + (1 - stays) * old",
+        ),
+        (
+            "reference: reset one step late",
+            "torch.where(reset[t].unsqueeze(-1), 0, state)",
+            "torch.where(reset[t - 1].unsqueeze(-1), 0, state)",
+        ),
+        ("reference: one step too many", "active = (t < lengths)", "active = (t <= lengths)"),
+        ("reference: output in padding", "outputs[t] = torch.where(active, outputs[t], 0)", "pass"),
+        (
+            "reference: both zoneouts share a mask",
+            "zip((random.ZONEOUT, random.ZONEOUT_CELL), zoneout",
+            "zip((random.ZONEOUT, random.ZONEOUT), zoneout",
+        ),
+    ),
+    *of(
+        "kernels/eager/random.py",
+        "random",
+        ("random: a round less", "    x = _swapped_halves(x * x + z)\n", ""),
+        ("random: even keys", "| 1\n", "| 0\n"),
+        ("random: no stream", "flat, first = mask.view(-1), stream << 56", "flat, first = mask.view(-1), 0"),
+        (
+            "random: every chunk the same",
+            "torch.arange(first + start, first + start + part.numel()",
+            "torch.arange(first, first + part.numel()",
+        ),
+        ("random: a scale off", "1 / (1 - probability)", "1 / probability"),
+        ("random: keeps what it should drop", "shape, like.device).logical_not_()", "shape, like.device)"),
+        ("random: a mask for each step though shared", "input.shape[1:] if shared else input.shape", "input.shape"),
+        ("random: threshold halved", "round(probability * 2**32)", "round(probability * 2**31)"),
+    ),
+    *of(
+        "kernels/eager/rnn.py",
+        "ops",
+        (
+            "rnn: derivative of tanh",
+            "torch.addcmul(states.new_ones(()), states, states, value=-1)",
+            "torch.addcmul(states.new_ones(()), states, states, value=-2)",
+        ),
+        (
+            "rnn: derivative of the sigmoid",
+            "torch.addcmul(states, states, states, value=-1)",
+            "torch.addcmul(states, states, states, value=1)",
+        ),
+        ("rnn: derivative of relu", "(states <= 0)", "(states <= 1)"),
+        ("rnn: derivative of the identity", "torch.ones_like(states)", "torch.zeros_like(states)"),
+        (
+            "rnn: transposed product backward",
+            "product = Recurrent(weight_hh.t(), len(grad_h_n))",
+            "product = Recurrent(weight_hh, len(grad_h_n))",
+        ),
+        (
+            "rnn: transposed product forward",
+            "product = Recurrent(weight_hh, len(h_0))",
+            "product = Recurrent(weight_hh.t(), len(h_0))",
+        ),
+        (
+            "rnn: gradient of the initial state dropped",
+            "grad_h_0[:count] = previous @ weight_hh",
+            "grad_h_0[:count] = 0",
+        ),
+        (
+            "rnn: gradient of the last state dropped",
+            "reached = grad_h_n[:0] if previous is None",
+            "grad_h_n = grad_h_n * 0\n            reached = grad_h_n[:0] if previous is None",
+        ),
+        ("rnn: arriving gradient forgotten where rows begin", "grad_h_0, count) + arriving[t]", "grad_h_0, count)"),
+        ("rnn: last state of the sequences that go on", "h_n[:count] = hidden", "h_n[:count] = h_0[:count]"),
+        (
+            "rnn: order of the backward pass",
+            "order_of_steps(len(counts), not reverse)",
+            "order_of_steps(len(counts), reverse)",
+        ),
+    ),
+    *of(
+        "kernels/eager/gru.py",
+        "ops",
+        (
+            "gru: rows not rolled",
+            "product = Recurrent(_rolled(weight_hh), len(h_0))",
+            "product = Recurrent(weight_hh, len(h_0))",
+        ),
+        ("gru: candidate's bias left out", "0 if bias_hh is None else bias_hh[2 * hidden_size :]", "0"),
+        ("gru: reset gate left out", "n.addcmul_(r, hn).tanh_()", "n.add_(hn).tanh_()"),
+        (
+            "gru: update the other way round",
+            "hidden = torch.lerp(n, hidden, z, out=new)",
+            "hidden = torch.lerp(hidden, n, z, out=new)",
+        ),
+        ("gru: slope of z", "slope_z.mul_(torch.addcmul(z, z, z, value=-1))", "slope_z.mul_(z)"),
+        ("gru: slope of n", "slope_n.addcmul_(slope_n, z, value=-1)", "slope_n.addcmul_(slope_n, z, value=1)"),
+        (
+            "gru: slope of r",
+            "torch.addcmul(hn, hn, r, value=-1), slope_hn, out=slope_r",
+            "torch.addcmul(hn, hn, r, value=-1), slope_n, out=slope_r",
+        ),
+        ("gru: slope of hn", "torch.mul(slope_n, r, out=slope_hn)", "torch.mul(slope_n, z, out=slope_hn)"),
+        (
+            "gru: gradient straight through the update gate dropped",
+            "carried = product(from_state[t], kept, kept)",
+            "carried = product(from_state[t], kept * 0, kept)",
+        ),
+        (
+            "gru: transposed product backward",
+            "product = Recurrent(_rolled(weight_hh).t(), len(h_0))",
+            "product = Recurrent(_rolled(weight_hh.roll(1, 1)).t(), len(h_0))",
+        ),
+        ("gru: gradient of the initial state dropped", "grad_h_0[:count] = carried", "grad_h_0[:count] = 0"),
+        ("gru: off by one in time", "earlier = t + 1 if reverse else t - 1", "earlier = t if reverse else t - 1"),
+        ("gru: a step that no sequence reaches", "if 0 < known == counts[t]:", "if known == counts[t]:"),
+    ),
+    *of(
+        "kernels/eager/packing.py",
+        "ops",
+        (
+            "packing: order of the states",
+            "return state.index_select(0, self.inverse)",
+            "return state.index_select(0, self.order)",
+        ),
+        (
+            "packing: initial state's part in the weight's gradient",
+            ".addmm_(first.t(), h_0)",
+            ".addmm_(first.t(), h_0, beta=1, alpha=0)",
+        ),
+        (
+            "packing: previous rows in reverse",
+            "(after, h_0[len(after) : count])",
+            "(after, 0 * h_0[len(after) : count])",
+        ),
+        ("packing: previous rows", "torch.cat([h_0[: counts[0]], *(step", "torch.cat([0 * h_0[: counts[0]], *(step"),
+    ),
+    *of(
+        "kernels/eager/variable_length.py",
+        "ops",
+        (
+            "lengths: rows that begin come from nowhere",
+            "torch.cat([carried, initial[len(carried) : count]])",
+            "torch.cat([carried, 0 * initial[len(carried) : count]])",
+        ),
+        (
+            "lengths: final state of the rows that end",
+            "final[count : len(carried)] = carried[count:]",
+            "final[count : len(carried)] = 0",
+        ),
+    ),
+    *of(
+        "kernels/eager/variable_length.py",
+        "options",
+        (
+            "lengths: padding off by one",
+            "return (lengths <= steps).unsqueeze(-1)",
+            "return (lengths < steps).unsqueeze(-1)",
+        ),
+        ("lengths: initial state in reverse", "earlier = torch.where(first.unsqueeze(-1), initial, earlier)", "pass"),
+    ),
+    *of(
+        "ops/gru.py",
+        "ops",
+        ("gru: bias of the input left out", "bias = bias if bias_ih is None else bias + bias_ih", "bias = bias"),
+        (
+            "gru: gradient of the state's bias not rolled",
+            "grad_bias_hh = from_state.sum(0).roll(-hidden_size, 0)",
+            "grad_bias_hh = from_state.sum(0)",
+        ),
+        (
+            "gru: gradient of the weight not rolled",
+            "states, first, rows.counts, reverse).roll(-hidden_size, 0)",
+            "states, first, rows.counts, reverse)",
+        ),
+        (
+            "gru: gradient of h_0 in the wrong order",
+            "return grad_input, rows.unsorted(grad_h_0)",
+            "return grad_input, grad_h_0",
+        ),
+        (
+            "gru: native forward not turned round",
+            "return output.flip(0) if reverse else output, h_n.squeeze(0)",
+            "return output, h_n.squeeze(0)",
+        ),
+    ),
+    *of(
+        "ops/gru.py",
+        "options",
+        (
+            "gru: inner bias in both places",
+            "outer = torch.cat([outer[: 2 * hidden_size], torch.zeros_like(inner)])",
+            "pass",
+        ),
+        ("gru: the candidate's bias outside the reset gate", "if outer is not None and reset_after:", "if False:"),
+    ),
+    *of("ops/rnn.py", "ops", ("rnn: biases' gradients share memory", "gradients[5] = grad_bias.clone()", "pass")),
+    *of(
+        "ops/rnn.py",
+        "options",
+        ("rnn: bias before the normalization", "if norm_hh is not None and biases:", "if False:"),
+    ),
+    *of(
+        "ops/rnn.py",
+        "second",
+        (
+            "rnn: second gradients forget the lengths",
+            "results = reference.rnn(*tensors, lengths=lengths, **options)",
+            "results = reference.rnn(*tensors, **options)",
+        ),
+    ),
+    *of(
+        "ops/gru.py",
+        "second",
+        (
+            "gru: second gradients forget the direction",
+            'results = reference.gru(*tensors, reverse=ctx.options["reverse"], lengths=lengths)',
+            "results = reference.gru(*tensors, lengths=lengths)",
+        ),
+    ),
+    *of(
+        "ops/_general.py",
+        "second",
+        (
+            "options: second gradients unclipped",
+            '"grad_clip": None if grad_clip == UNBOUNDED else grad_clip,\n    }\n    if cell',
+            '"grad_clip": None,\n    }\n    if cell',
+        ),
+    ),
+    *of(
+        "ops/_general.py",
+        "options",
+        (
+            "options: gradient of the rnn's gain",
+            "grad_norm = _total(grad_a * _normalized(trace.products, (trace.products.shape[-1],)))\n    grad_bias",
+            "grad_norm = _total(grad_a)\n    grad_bias",
+        ),
+        (
+            "options: groups of the gru's gain",
+            "normalized = _normalized(trace.products, (2 * size, size))",
+            "normalized = _normalized(trace.products, (3 * size,))",
+        ),
+        (
+            "options: reset gate in the gradient of W_hn",
+            "factor = recurrent if reset_after else recurrent * trace",
+            "factor = recurrent if True else recurrent * trace",
+        ),
+        (
+            "options: gradient of the peephole of i",
+            "torch.stack([_total(grad_i * old_c)",
+            "torch.stack([_total(grad_i * cells)",
+        ),
+        ("options: gradient of the peephole of o", "_total(grad_o * cells)])", "_total(grad_o * old_c)])"),
+        (
+            "options: cells after zoneout",
+            "cells = trace.cells if trace.new_cells is None else trace.new_cells\n    grad_i",
+            "cells = trace.cells\n    grad_i",
+        ),
+        (
+            "options: gradient of the projection",
+            "_product(gradients.states, o * shown)",
+            "_product(gradients.states, shown)",
+        ),
+        (
+            "options: bias of the normalized cell's gradient",
+            "_total(grad_shown * normalized), _total(grad_shown)",
+            "_total(grad_shown * normalized), _total(grad_hidden)",
+        ),
+        (
+            "options: through the normalized cell",
+            "grad_shown = grad_hidden * o * (1 - shown * shown)",
+            "grad_shown = grad_hidden * o",
+        ),
+    ),
+    *of(
+        "kernels/eager/general.py",
+        "options",
+        ("general rnn: unclipped", "grad_a = self.clip_(slopes.mul_(grad_h))", "grad_a = slopes.mul_(grad_h)"),
+        (
+            "general gru: unclipped z and n",
+            "self.clip_(zn.view(-1, 2, size).mul_(grad_h.unsqueeze(1)))",
+            "zn.view(-1, 2, size).mul_(grad_h.unsqueeze(1))",
+        ),
+        ("general gru: unclipped r", "self.clip_(r.mul_(n))", "r.mul_(n)"),
+        ("general gru: unclipped r, reset before", "self.clip_(r.mul_(grad_reset))", "r.mul_(grad_reset)"),
+        ("general gru: straight path dropped", "grad_h * self.update[t], None", "grad_h * 0, None"),
+        (
+            "general gru: reset before, product not masked",
+            "grad_recurrent = grad_reset * hn",
+            "grad_recurrent = grad_reset",
+        ),
+        (
+            "general gru: bias inside the reset gate",
+            "torch.add(carried, self.weights.bias, out=hn)",
+            "hn.copy_(carried)",
+        ),
+        ("general lstm: unclipped o", "self.clip_(o.mul_(grad_h))", "o.mul_(grad_h)"),
+        (
+            "general lstm: peephole of o forgotten on the way back",
+            "grad_c = torch.addcmul(grad_c, o, self.peephole[2])",
+            "pass",
+        ),
+        (
+            "general lstm: peepholes of i and f forgotten on the way back",
+            "grad_c.addcmul_(i, self.peephole[0]).addcmul_(f, self.peephole[1])",
+            "grad_c.addcmul_(i, self.peephole[0])",
+        ),
+        (
+            "general lstm: peephole of f",
+            "f.addcmul_(self.peephole[1], c.to(f.dtype))",
+            "f.addcmul_(self.peephole[0], c.to(f.dtype))",
+        ),
+        (
+            "general lstm: old cell state at o's peephole",
+            "o.addcmul_(self.peephole[2], new_c.to(o.dtype))",
+            "o.addcmul_(self.peephole[2], c.to(o.dtype))",
+        ),
+        (
+            "general lstm: no projection on the way back",
+            "grad_h = grad_h @ self.projection",
+            "grad_h = grad_h @ (2 * self.projection)",
+        ),
+        ("general: mask not drawn again", "through if mask is None else through * mask", "through"),
+        ("general: zoneout's old state gets nothing", "gradient.masked_fill(~self.stays[t], 0)", "gradient * 0"),
+        (
+            "general: expectation's old state gets nothing",
+            "return gradient * (1 - self.probability), gradient * self.probability",
+            "return gradient * (1 - self.probability), gradient * 0",
+        ),
+        ("general: gradient past a reset", "earlier_h = earlier_h.masked_fill(cleared[t], 0)", "pass"),
+        (
+            "general: gradient of the cell state past a reset",
+            "earlier_c = earlier_c.masked_fill(cleared[t], 0) if has_cells else None",
+            "pass",
+        ),
+        (
+            "general: the cell state not reset",
+            "old_c = c.masked_fill(cleared[t], 0) if has_cells else None",
+            "old_c = c",
+        ),
+        ("general: gradient in the padding", "arriving_h = arriving_h.masked_fill(~active[t], 0)", "pass"),
+        ("general: state goes on in the padding", "h = torch.where(active[t], new_h, h)", "h = new_h"),
+        (
+            "general: both zoneouts share a mask",
+            "random.dropped(recurrence.key, stream, probability",
+            "random.dropped(recurrence.key, random.ZONEOUT, probability",
+        ),
+        (
+            "general: masks out of training",
+            "if not (recurrence.training and recurrence.recurrent_dropout):",
+            "if not recurrence.recurrent_dropout:",
+        ),
+        ("general: previous states not reset", "h = h.masked_fill_(reset.unsqueeze(-1), 0)", "pass"),
+        ("general: previous states not masked", "return h, c, h if mask is None else h * mask", "return h, c, h"),
+        (
+            "general: gradient of the initial cell state dropped",
+            "grad_c_0 = grad_c.to(c_0.dtype, copy=True)",
+            "grad_c_0 = torch.zeros_like(c_0)",
+        ),
+    ),
+    *of(
+        "kernels/eager/general.py",
+        "ops",
+        ("lstm: slope of i", "slope_i).mul_(g)", "slope_i).mul_(f)"),
+        ("lstm: slope of f", "slope_f).mul_(c)", "slope_f).mul_(cells)"),
+        ("lstm: slope of g", "slope_g).mul_(i)", "slope_g).mul_(f)"),
+        ("lstm: slope of o", "slope_o).mul_(shown)", "slope_o).mul_(cells)"),
+        (
+            "lstm: the gradient of the last cell state dropped",
+            "grad_c = grad_c_n.to(trace.cells.dtype) if has_cells",
+            "grad_c = 0 * grad_c_n.to(trace.cells.dtype) if has_cells",
+        ),
+        (
+            "lstm: forget gate left out",
+            "new_c = (f * c).addcmul_(i, g.tanh_())",
+            "new_c = c.clone().addcmul_(i, g.tanh_())",
+        ),
+    ),
+    *of(
+        "kernels/eager/onednn.py",
+        "ops",
+        ("onednn: input gate open in the padding", "column[:hidden_size] = -_SHUT", "column[:hidden_size] = 0"),
+        (
+            "onednn: forget gate shut in the padding",
+            "column[hidden_size : 2 * hidden_size] = _SHUT",
+            "column[hidden_size : 2 * hidden_size] = 0",
+        ),
+        (
+            "onednn: read backwards off by one",
+            "torch.where(steps < lengths, lengths - 1 - steps, steps)",
+            "torch.where(steps < lengths - 1, lengths - 1 - steps, steps)",
+        ),
+        (
+            "onednn: gradients of the states exchanged",
+            "return grad_input, grad_h_0.squeeze(0), grad_c_0.squeeze(0)",
+            "return grad_input, grad_c_0.squeeze(0), grad_h_0.squeeze(0)",
+        ),
+        ("onednn: what the padding holds", "input.masked_fill(ended, 0)", "input"),
+    ),
+    *of(
+        "ops/lstm.py",
+        "ops",
+        (
+            "lstm: last state one step early",
+            "output.gather(0, (lengths - 1).view",
+            "output.gather(0, (lengths - 2).clamp(min=0).view",
+        ),
+        ("lstm: output in the padding", "output.masked_fill(padding(lengths, output.shape[0]), 0)", "output"),
+    ),
+    *of(
+        "ops/lstm.py",
+        "second",
+        (
+            "lstm: second gradients forget the direction",
+            "again = reference.lstm(*tensors, reverse=ctx.reverse)",
+            "again = reference.lstm(*tensors)",
+        ),
+    ),
+    *of(
+        "ops/dropout.py",
+        "options",
+        (
+            "dropout: another mask on the way back",
+            "return torch.ops.rnnkernels.dropout(gradient, seed, *ctx.options)",
+            "return torch.ops.rnnkernels.dropout(gradient, seed + 1, *ctx.options)",
+        ),
+    ),
+    *of(
+        "nn/rnn.py",
+        "modules",
+        ("modules: one seed for all masks", "self.last = self.last + 1\n", ""),
+        (
+            "modules: dropout behind the last layer too",
+            "self.training and layer < self.num_layers - 1:",
+            "self.training:",
+        ),
+        (
+            "modules: a backward direction that forgets one step late",
+            "_seen_from_behind(reset) if reverse and reset is not None else reset",
+            "reset",
+        ),
+        (
+            "modules: packed states not sorted",
+            "state.index_select(1, sorted_indices) for state in states",
+            "state for state in states",
+        ),
+        (
+            "modules: final states not unsorted",
+            "state.index_select(1, unsorted_indices) for state in final",
+            "state for state in final",
+        ),
+        (
+            "modules: DropConnect out of training",
+            "if self.weight_dropout and self.training:",
+            "if self.weight_dropout:",
+        ),
+        (
+            "modules: reset not transposed",
+            "reset.transpose(0, 1) if isinstance(reset, Tensor) and reset.dim() == 2 else reset",
+            "reset",
+        ),
+        ("modules: zoneout of the cell state not passed on", 'return {"zoneout_cell": self.zoneout_cell}', "return {}"),
+        ("modules: clipping not passed on", "grad_clip=self.grad_clip,\n                    training", "training"),
+        (
+            "modules: gains not reset",
+            'if name.startswith("norm"):\n                self._reset_added',
+            'if name.startswith("none"):\n                self._reset_added',
+        ),
+        ("modules: reset_after not passed on", 'return {"reset_after": self.reset_after}', "return {}"),
+    ),
+    *of(
+        "nn/cells.py",
+        "transforms",
+        (
+            "cells: the lstm's states exchanged",
+            "new = reference.lstm_cell(input, *hx,",
+            "new = reference.lstm_cell(input, *hx[::-1],",
+        ),
+    ),
+    *of(
+        "ops/rnn.py",
+        "transforms",
+        (
+            "transforms: lengths forgotten",
+            "lengths=arguments.lengths,\n            reset=arguments.reset,",
+            "reset=arguments.reset,",
+        ),
+    ),
+]
+
+
+def occurrences(mutation: Mutation, package: Path) -> int:
+    return (package / mutation.path).read_text().count(mutation.before)
+
+
+def run_tests(folder: str, suite: str, log: str) -> None:
+    """In a process of its own: run the tests of ``folder`` on its own package. The exit status is pytest's."""
+    os.chdir(folder)
+    sys.path[:0] = [folder, str(Path(folder) / "tests")]
+    sys.dont_write_bytecode = True
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        import pytest
+
+        import rnnkernels
+
+        if not Path(rnnkernels.__file__).is_relative_to(folder):
+            os._exit(99)
+        files, expression = SUITES[suite]
+        arguments = [*files.split(), "-x", "-q", "-p", "no:cacheprovider", *(["-k", expression] if expression else [])]
+        os._exit(int(pytest.main(arguments)))
+
+
+def outcome(folder: Path, suite: str, log: Path) -> int:
+    process = multiprocessing.get_context("fork").Process(target=run_tests, args=(str(folder), suite, str(log)))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Break the package one term at a time, and see whether a test notices."
+    )
+    parser.add_argument("names", nargs="*", help="only mutations whose name contains one of these")
+    parser.add_argument("--list", action="store_true", help="list the mutations instead")
+    given = parser.parse_args()
+    chosen = [m for m in MUTATIONS if not given.names or any(name in m.name for name in given.names)]
+    stale = [m for m in chosen if occurrences(m, ROOT / "rnnkernels") != 1]
+    if given.list:
+        for mutation in chosen:
+            print(f"{'stale' if mutation in stale else 'applies':8}{mutation.path}: {mutation.name}")
+        return 1 if stale else 0
+    # Loaded once, and inherited by the process of each mutation
+    import numpy  # noqa: F401
+    import torch
+
+    torch.set_num_threads(1)
+    survivors, started = [], time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="mutate-") as temporary:
+        folder, log = Path(temporary) / "copy", Path(temporary) / "log"
+        for part in ("rnnkernels", "tests"):
+            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        for suite in sorted({m.suite for m in chosen}):
+            if outcome(folder, suite, log):
+                print(log.read_text()[-3000:])
+                sys.exit(f"The tests {suite!r} fail without any mutation.")
+        for mutation in chosen:
+            if mutation in stale:
+                continue
+            path = folder / "rnnkernels" / mutation.path
+            original = path.read_text()
+            path.write_text(original.replace(mutation.before, mutation.after))
+            status = outcome(folder, mutation.suite, log)
+            path.write_text(original)
+            if status == 0:
+                survivors.append(mutation)
+            last = log.read_text().rstrip().splitlines()[-1:] if log.exists() else []
+            print(f"{'SURVIVES' if status == 0 else 'noticed':10}{mutation.name}  ({' '.join(last)})", flush=True)
+    noticed = len(chosen) - len(stale) - len(survivors)
+    seconds = time.perf_counter() - started
+    print(f"\n{noticed} noticed, {len(survivors)} survive, {len(stale)} out of date, {seconds:.0f} s")
+    for title, group in (("Survives", survivors), ("Out of date", stale)):
+        for mutation in group:
+            print(f"{title}: {mutation.name}, in rnnkernels/{mutation.path}")
+    return 1 if survivors or stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
