@@ -177,10 +177,11 @@ class MinGRU(Minimal):
 
     Attributes
     ----------
-    weight_ih_l{k}, weight_ih_l{k}_reverse : Tensor, shape (2 * hidden_size, features of the layer's input)
-        $W_z$ and $W_h$, one below the other.
-    bias_ih_l{k}, bias_ih_l{k}_reverse : Tensor, shape (2 * hidden_size,)
-        $b_z$ and $b_h$.
+    weight_ih_l{k} : Tensor
+        $W_z$ and $W_h$, one below the other: shape (2 * hidden_size, features of the layer's input). The
+        direction from the last step has ``weight_ih_l{k}_reverse``.
+    bias_ih_l{k} : Tensor
+        $b_z$ and $b_h$: shape (2 * hidden_size,). The direction from the last step has ``bias_ih_l{k}_reverse``.
 
     Raises
     ------
@@ -242,10 +243,11 @@ class MinLSTM(Minimal):
 
     Attributes
     ----------
-    weight_ih_l{k}, weight_ih_l{k}_reverse : Tensor, shape (3 * hidden_size, features of the layer's input)
-        $W_f$, $W_i$ and $W_h$, one below the other.
-    bias_ih_l{k}, bias_ih_l{k}_reverse : Tensor, shape (3 * hidden_size,)
-        $b_f$, $b_i$ and $b_h$.
+    weight_ih_l{k} : Tensor
+        $W_f$, $W_i$ and $W_h$, one below the other: shape (3 * hidden_size, features of the layer's input). The
+        direction from the last step has ``weight_ih_l{k}_reverse``.
+    bias_ih_l{k} : Tensor
+        $b_f$, $b_i$ and $b_h$: shape (3 * hidden_size,). The direction from the last step has ``bias_ih_l{k}_reverse``.
 
     Raises
     ------

@@ -143,18 +143,18 @@ class Transformer(torch.nn.Module):
     device, dtype
         Where and in which type to make the parameters.
     positions : {"rotary", "learned", "none"}
-        How a step knows when it is: by a rotation of queries and keys, so that distance counts (see :func:`rotate`), by
-        a learned vector added to the input, or not at all. Default: ``"rotary"``.
+        How a step knows when it is: by a rotation of queries and keys, so that distance counts, by a learned vector
+        added to the input, or not at all. Default: ``"rotary"``.
     max_length : int, optional
         Most steps, cached ones included. Needed for learned positions, and for those alone.
 
     Attributes
     ----------
-    layers, norm
-        As in ``torch.nn.TransformerEncoder`` with ``norm_first=True`` and GELU: the ``state_dict`` is the same but for
-        positions, and so is the function with ``positions="none"`` and a causal mask.
-    position : Tensor, shape (max_length, d_model)
-        Learned positions.
+    layers : Module
+        As in ``torch.nn.TransformerEncoder`` with ``norm_first=True`` and GELU, and so is ``norm``: the ``state_dict``
+        is the same but for positions, and so is the function with ``positions="none"`` and a causal mask.
+    position : Tensor
+        Learned positions, of shape (max_length, d_model).
 
     Raises
     ------
