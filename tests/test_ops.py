@@ -117,6 +117,23 @@ def test_the_lstm_without_onednn_matches_the_reference(bias, reverse, order):
         assert_parity(tensors, 5e-6, "lstm", **with_lengths({"reverse": reverse}, order, 5, 9))
 
 
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="PyTorch was built without oneDNN")
+@pytest.mark.parametrize("order", LENGTHS)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_products_by_onednn_match_the_reference(monkeypatch, operator, reverse, order):
+    # As large products are on some processors, here for small ones on any
+    from rnnkernels.kernels.eager import products
+
+    monkeypatch.setattr(products, "_ENOUGH", 0)
+    monkeypatch.setattr(products, "ENOUGH_COLUMNS", 0)
+    monkeypatch.setattr(products, "_onednn_is_faster", lambda: True)
+    tensors = arguments(9, 5, 3, 17, torch.float32, operator=operator)
+    options = with_lengths({"reverse": reverse}, order, 5, 9)
+    assert_parity(tensors, 5e-6, operator, **options)
+    assert_parity(tensors, 5e-6, operator, **options, zoneout=0.1, seed=1)
+
+
 @pytest.mark.parametrize("order", LENGTHS)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_second_gradients_in_float32_are_the_references(operator, order):
