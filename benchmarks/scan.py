@@ -4,6 +4,7 @@
 - *training*: MinGRU and MinLSTM beside ``torch.nn.GRU`` and ``torch.nn.LSTM`` of equal width: results and the gradients
   of the input and of every weight. Another function is computed, so that nothing is compared but time.
 - *copy* (on a GPU): bytes that ``linear_scan`` reads and writes in a second, beside ``Tensor.copy_``.
+- *attention* (on a GPU): causal attention, results and gradients, beside ``scaled_dot_product_attention``.
 - *chunks* (on a CPU): the scan in chunks of time beside the one in single steps, on whose measurement
   ``kernels.eager.linear_scan.CHUNKED_BELOW`` rests.
 """
@@ -27,9 +28,12 @@ TRAINING_SHAPES = ((1, 64), (1, 256), (8, 64), (8, 256))
 
 COPY_SHAPES = ((64, 1024), (256, 1024), (256, 2048))
 
-PARTS = ("scan", "training", "copy", "chunks")
+ATTENTION_SHAPES = ((8, 16, 1024, 64), (2, 16, 4096, 64), (2, 16, 4096, 128))
+"""(batch, heads, sequence_length, head_dim)."""
 
-TARGETS = {"scan": 10.0, "MinGRU": 5.0, "copy": 0.8}
+PARTS = ("scan", "training", "copy", "attention", "chunks")
+
+TARGETS = {"scan": 10.0, "MinGRU": 5.0, "copy": 0.8, "attention": 0.7}
 """Ratios that were promised, each of at least one shape."""
 
 Sides = dict[str, Callable[[], object]]
@@ -100,6 +104,30 @@ def copy_cases(device: torch.device) -> Iterator[tuple[str, Sides]]:
         yield f"copy T=1024 B={batch} H={hidden_size}", sides
 
 
+def attention_cases(device: torch.device) -> Iterator[tuple[str, Sides]]:
+    """The kernel to read beside the one to use, after a comparison."""
+    if device.type != "cuda":
+        return
+
+    def fused(query, key, value):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    for shape in ATTENTION_SHAPES:
+        tensors = [torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+
+        def train(function, tensors=tensors):
+            output = function(*tensors)
+            return [output, *torch.autograd.grad(output, tensors, output.detach())]
+
+        sides = {
+            "SDPA": lambda train=train: train(fused),
+            "rnnkernels": lambda train=train: train(rk.ops.attention),
+        }
+        for value, expected in zip(sides["rnnkernels"](), sides["SDPA"](), strict=True):
+            torch.testing.assert_close(value, expected, rtol=3e-2, atol=3e-2)
+        yield f"attention {'x'.join(map(str, shape))} bfloat16", sides
+
+
 def chunk_cases(device: torch.device) -> Iterator[tuple[str, Sides]]:
     """Both ways of the eager scan, forward."""
     if device.type != "cpu":
@@ -119,7 +147,13 @@ def chunk_cases(device: torch.device) -> Iterator[tuple[str, Sides]]:
         yield f"chunks T={SEQUENCE_LENGTH} B*H={channels}", sides
 
 
-CASES = {"scan": scan_cases, "training": training_cases, "copy": copy_cases, "chunks": chunk_cases}
+CASES = {
+    "scan": scan_cases,
+    "training": training_cases,
+    "copy": copy_cases,
+    "attention": attention_cases,
+    "chunks": chunk_cases,
+}
 
 
 def measure(part: str, device: torch.device, seconds: float, rounds: tuple[int, int]) -> Iterator[dict]:

@@ -129,6 +129,18 @@ def test_gradients_and_second_gradients_by_finite_differences(sequence_length, o
     torch.autograd.gradgradcheck(function, tensors)
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_gradients_that_can_be_differentiated_are_the_same(options):
+    tensors = arguments(50, 3, 2, torch.float64)
+    options = random_options(50, 3, **options)
+    results = rk.ops.linear_scan(*tensors, **options)
+    cotangents = [torch.randn_like(result) for result in results]
+    plain = torch.autograd.grad(results, tensors, cotangents, retain_graph=True)
+    for a, b in zip(torch.autograd.grad(results, tensors, cotangents, create_graph=True), plain, strict=True):
+        assert a.requires_grad
+        torch.testing.assert_close(a.detach(), b)
+
+
 @pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[-1]], ids=str)
 def test_opcheck(options):
     tensors = arguments(40, 3, 2, torch.float32)
