@@ -198,13 +198,15 @@ def test_what_is_not_a_multiple_of_16_bytes_is_read_right(design, kernel_device,
 def test_the_table_chooses_what_fits(kernel_device):
     from rnnkernels.kernels.triton import dispatch
 
-    def choose(hidden_size, dtype, shared_memory):
+    def choose(hidden_size, dtype, shared_memory, cell="rnn"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dispatch, "shared_memory", lambda device: shared_memory)
-            return type(dispatch.choose("rnn", hidden_size, 8, dtype, torch.device("cuda"))).__name__
+            return type(dispatch.choose(cell, hidden_size, 8, dtype, torch.device("cuda"))).__name__
 
     h100, a100, rtx = 227 * 1024, 163 * 1024, 99 * 1024
     assert choose(256, torch.bfloat16, h100) == choose(256, torch.bfloat16, a100) == "Resident"
     assert choose(256, torch.bfloat16, rtx) == choose(257, torch.bfloat16, h100) == "Step"
+    assert choose(128, torch.bfloat16, a100, "lstm") == "Resident"
+    assert choose(128, torch.bfloat16, rtx, "lstm") == choose(129, torch.bfloat16, h100, "lstm") == "Step"
     assert choose(64, torch.float32, rtx) == "Resident"
     assert choose(65, torch.float32, h100) == "Step"  # "highest", PyTorch's default, spills above 64

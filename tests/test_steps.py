@@ -94,6 +94,16 @@ def test_lengths_resets_and_directions(poisoned, kernel_device, operator, length
     assert_parity(tensors, 1e-5, operator, **options)
 
 
+@pytest.mark.parametrize(
+    ("operator", "option"), [("rnn", {}), ("gru", {}), ("gru", {"reset_after": False}), ("lstm", {})], ids=str
+)
+def test_the_gradient_of_every_gate_is_clipped(kernel_device, operator, option):
+    tensors, options = drawn(operator, 2, 5, 17, torch.float32, kernel_device, {"grad_clip": 0.01, **option})
+    with torch.no_grad():  # large products, so that even the reset gate's gradient, which others bound, exceeds it
+        tensors[names_of(operator).index("weight_hh")].mul_(8)
+    assert_parity(tensors, 1e-5, operator, **options)
+
+
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize(
