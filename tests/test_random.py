@@ -62,8 +62,16 @@ def test_masks_longer_than_a_chunk_go_on_counting():
     size = random._CHUNK + 100
     mask = random.dropped(random.key_of(1), random.ELEMENTS, 0.5, (size,), "cpu")
     key, first = squares.key_of(1), squares.ELEMENTS * 2**56
-    for index in (0, random._CHUNK - 1, random._CHUNK, size - 1):
+    for index in (0, random._CHUNK - 1, *range(random._CHUNK, size)):
         assert mask[index].item() == (squares.bits(first + index, key) < 2**31)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_dropout_takes_its_own_stream(shared):
+    input = torch.randn(4, 3, 5, dtype=torch.float64)
+    dropped = squares.dropped(2, squares.ELEMENTS, 0.4, (3, 5) if shared else (4, 3, 5))
+    expected = np.where(dropped, 0, input / 0.6)
+    np.testing.assert_allclose(random.dropout(input, 0.4, random.key_of(2), shared), expected)
 
 
 def values(seed, count, stream=random.ELEMENTS):

@@ -29,7 +29,7 @@ SUITES = {
     ),
     "options": (
         "tests/test_options.py",
-        "alone_and_in_pairs or all_together or masks or draws or dropconnect or reset",
+        "alone_and_in_pairs or all_together or masks or draws or dropconnect or reset or dropout",
     ),
     "reference": ("tests/test_reference.py", ""),
     "random": ("tests/test_random.py", "not triton"),
