@@ -43,7 +43,7 @@ def _by_onednn(rows: int, inner: int, columns: int, operand: Tensor) -> bool:
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """input weight^T + bias, of matrices: in ``out``, or as a new tensor."""
     rows, inner = input.shape
-    pays = input.is_contiguous() or weight.shape[0] >= ENOUGH_COLUMNS
+    pays = (input.is_contiguous() or weight.shape[0] >= ENOUGH_COLUMNS) and (out is None or inner > ENOUGH_COLUMNS)
     if pays and _by_onednn(rows, inner, weight.shape[0], input):
         product = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
         return product if out is None else out.copy_(product)
