@@ -2,10 +2,10 @@
 
 Each class is a subclass of its namesake in :mod:`torch.optim`, with the same arguments, state and checkpoints, and
 works with PyTorch's learning-rate schedulers and gradient scalers. On a GPU a step is one launch of a multi-tensor
-Triton kernel, which reads and writes each number once and can be captured in a CUDA graph, whatever ``capturable``
-says (take a step before, so that the states exist); on a CPU it is the fastest of PyTorch's own. Where the options rule the kernel out (complex numbers, float64,
-``differentiable=True``, tensors as ``betas``, sharded parameters, an explicit ``foreach`` or ``fused``), the step is
-PyTorch's as well.
+Triton kernel, which reads and writes each number once and can be captured in a CUDA graph, whatever ``capturable`` says
+(take a step before, so that the states exist); on a CPU it is the fastest of PyTorch's own. Where the options rule the
+kernel out (complex numbers, float64, ``differentiable=True``, tensors as ``betas``, sharded parameters, an explicit
+``foreach`` or ``fused``), the step is PyTorch's as well.
 
 All of them take two more arguments, by name: ``max_norm`` clips the gradients to that norm within the step, over all
 parameter groups at once, as :func:`rnnkernels.clip_grad_norm_` does before it, with the order ``norm_type``. On a GPU
