@@ -311,17 +311,31 @@ def test_bad_input_is_refused_by_name(name, error, message, value):
 
 @pytest.fixture(params=REGIMES)
 def regime(request, monkeypatch, kernel_device):
-    """Run everything in the test on Triton in this regime, in the interpreter with tiles that it finishes soon."""
+    """Run everything in the test on Triton in this regime, with tiles so small that there are several of them."""
     from rnnkernels.kernels.triton import linear_scan as kernels
 
+    small = {key: dataclasses.replace(value, block_time=8, block_channels=8) for key, value in kernels.REGIMES.items()}
+    monkeypatch.setattr(kernels, "REGIMES", small)
     monkeypatch.setattr(kernels, "choose", lambda *_: request.param)
+    # So few programs that a span holds several tiles.
     monkeypatch.setattr(kernels, "PROGRAMS_PER_PROCESSOR", 1)
-    if kernel_device.type == "cpu":
-        tile = {"block_time": 8, "block_channels": 8}
-        small = {key: dataclasses.replace(value, **tile) for key, value in kernels.REGIMES.items()}
-        monkeypatch.setattr(kernels, "REGIMES", small)
+    monkeypatch.setattr(kernels, "processors", lambda _: 4)
     with rk.use_backend("triton"):
         yield request.param
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: these tiles take minutes in the interpreter")
+@pytest.mark.parametrize("name", REGIMES)
+@pytest.mark.parametrize("size", [(1000, 3, 48), (1000, 5, 17), (130, 70, 33)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.bfloat16, 6e-3)])
+def test_every_regime_with_its_own_tiles(monkeypatch, name, size, dtype, tolerance):
+    from rnnkernels.kernels.triton import linear_scan as kernels
+
+    monkeypatch.setattr(kernels, "choose", lambda *_: name)
+    for reverse in (False, True):
+        options = random_options(*size[:2], reverse=reverse, device="cuda")
+        assert_parity(arguments(*size, dtype, "cuda"), tolerance, **options)
 
 
 @pytest.mark.interpreter

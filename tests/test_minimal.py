@@ -295,3 +295,19 @@ def test_bad_input_is_refused_by_name(kind):
     ):
         with pytest.raises(error, match=message):
             module(*arguments)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_modules_on_triton(kind, kernel_device):
+    module = make(kind, 3, 4, num_layers=2, bidirectional=True, dtype=torch.float32, device=kernel_device)
+    x, lengths = torch.randn(12, 2, 3, device=kernel_device), torch.tensor([5, 12])
+    reset = torch.rand(12, 2, device=kernel_device) < 0.2
+    results = []
+    for backend in ("eager", "triton"):
+        with rk.use_backend(backend):
+            output, h_n = module(x, lengths=lengths, reset=reset)
+            gradients = torch.autograd.grad(output.square().sum() + h_n.sum(), list(module.parameters()))
+            results.append((output, h_n, *gradients))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

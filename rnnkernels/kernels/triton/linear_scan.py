@@ -150,14 +150,15 @@ def scan(
     length = channel
     if HAS_LENGTHS:
         length = tl.load(lengths + row, mask=inside, other=0)
-    part = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(1)
     end = tl.minimum((part + 1) * span, sequence_length)
+    of_part = part.to(tl.int64) * channels + channel
     in_tile = tl.arange(0, BLOCK_TIME)
     factor = tl.full((BLOCK,), 1.0, dtype=tl.float32)
     if MAPS:
         state = tl.zeros((BLOCK,), dtype=tl.float32)
     else:
-        state = tl.load(initial + part * channels + channel, mask=inside, other=0.0).to(tl.float32)
+        state = tl.load(initial + of_part, mask=inside, other=0.0).to(tl.float32)
     if KIND == "backward":
         outset = tl.load(h_0 + channel, mask=inside, other=0.0).to(tl.float32)
     for start in range(part * span, end, BLOCK_TIME):
@@ -198,8 +199,8 @@ def scan(
                 h = tl.where(running, h, 0.0)
             tl.store(result + tile, h, mask=mask)
     if MAPS:
-        tl.store(result + part * channels + channel, factor, mask=inside)
-        tl.store(final + part * channels + channel, state, mask=inside)
+        tl.store(result + of_part, factor, mask=inside)
+        tl.store(final + of_part, state, mask=inside)
     elif end == sequence_length:
         if BACKWARD:
             first = moment(sequence_length - 1, sequence_length, DESCENDING) + tl.zeros((BLOCK,), dtype=tl.int32)
