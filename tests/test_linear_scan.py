@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import multiprocessing
 import os
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -453,3 +454,19 @@ def test_it_compiles_and_fits(worker, name, hidden_size, dtype, capability):
 @pytest.mark.offline
 def test_a_new_length_or_batch_compiles_nothing(worker):
     assert worker.submit(compiled_for_new_lengths_and_batches).result(timeout=600) == 1
+
+
+def test_the_benchmark_runs(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent)
+    from benchmarks import scan
+
+    monkeypatch.setattr(scan, "SEQUENCE_LENGTH", 40)
+    monkeypatch.setattr(scan, "SCAN_SHAPES", ((2, 3),))
+    monkeypatch.setattr(scan, "TRAINING_SHAPES", ((2, 3),))
+    bound = eager.CHUNKED_BELOW
+    assert scan.main(["--quick", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    for kind in ("scan", "MinGRU", "MinLSTM", "chunks"):
+        assert f"{kind} T=40" in printed
+    assert "target" in printed
+    assert bound == eager.CHUNKED_BELOW

@@ -7,7 +7,7 @@ are those of decays that follow each other, which shrink where the decays are at
 import torch
 from torch import Tensor
 
-from rnnkernels.kernels.eager.variable_length import before, padding
+from rnnkernels.kernels.eager.variable_length import padding
 
 CHUNKED_BELOW = 4096
 """Elements in a step (batch * hidden_size) below which chunks of time run together: a step alone would then cost more
@@ -64,7 +64,7 @@ def backward(
         torch.mul(gradient[followers], output[others], out=grad_decay[followers])
         torch.mul(gradient[first], h_0, out=grad_decay[first])
     else:
-        grad_decay = gradient * before(output, h_0, lengths, reverse)
+        grad_decay = gradient * states_before(output, h_0, lengths, reverse)
         gradient.masked_fill_(past_end, 0)
         grad_decay.masked_fill_(past_end, 0)
     if reset is not None:
@@ -117,6 +117,18 @@ def _chunked(decay: Tensor, input: Tensor, output: Tensor, initial: Tensor, reve
     state = starts
     for a, b, h in steps:
         state = torch.addcmul(b, a, state, out=h)
+
+
+def states_before(states: Tensor, h_0: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor:
+    """The state before each step, from the states after it."""
+    if not reverse:
+        return torch.cat([h_0.unsqueeze(0), states[:-1]])
+    earlier = torch.cat([states[1:], h_0.unsqueeze(0)])
+    if lengths is not None:
+        # Where a shorter sequence begins, the state of the step after holds padding.
+        first = torch.arange(1, len(states) + 1, device=lengths.device).unsqueeze(1) == lengths
+        earlier = torch.where(first.unsqueeze(-1), h_0, earlier)
+    return earlier
 
 
 def _accumulator(tensor: Tensor) -> torch.dtype:
