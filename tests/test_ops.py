@@ -134,20 +134,24 @@ def test_products_by_onednn_match_the_reference(monkeypatch, operator, reverse, 
     assert_parity(tensors, 5e-6, operator, **options, zoneout=0.1, seed=1)
 
 
-@pytest.mark.parametrize("order", LENGTHS)
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_second_gradients_in_float32_are_the_references(operator, order):
-    tensors = arguments(4, 3, 2, 5, torch.float32, operator=operator)
-    options = with_lengths({}, order, 3, 4)
-    seconds = []
+@pytest.mark.parametrize("order", [None, "unsorted"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_first_and_second_gradients_of_a_graph_are_the_references(dtype, options, order):
+    options = with_lengths(options, order, 3, 4)
+    operator = options.pop("operator")
+    tensors = arguments(4, 3, 2, 5, dtype, operator=operator)
+    gradients = []
     for module in (rk.ops, rk.reference):
         results = getattr(module, operator)(*tensors, **options)
         torch.manual_seed(1)
         cotangents = [torch.randn_like(result) for result in results]
         first = torch.autograd.grad(results, tensors, cotangents, create_graph=True)
-        seconds.append(torch.autograd.grad(sum(g.square().sum() for g in first), tensors))
-    for a, b in zip(*seconds, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
+        gradients.append([*first, *second])
+    bounds = {} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, **bounds)
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -41,7 +41,7 @@ SUITES = {
     "transforms": ("tests/test_transforms.py", "vmap or forward_mode or per_sample or cells"),
     "second": (
         "tests/test_ops.py tests/test_options.py",
-        "second_gradients or gradients_and_second or test_opcheck",
+        "second_gradients",
     ),
 }
 """What to run: files, and pytest's -k."""
