@@ -58,11 +58,11 @@ def test_masks_are_those_of_pythons_integers(stream, probability):
     np.testing.assert_array_equal(kept, np.where(expected, 0, scale))
 
 
-def test_masks_longer_than_a_chunk_go_on_counting():
-    size = random._CHUNK + 100
+def test_masks_longer_than_a_block_go_on_counting():
+    size = random._BLOCK + 100
     mask = random.dropped(random.key_of(1), random.ELEMENTS, 0.5, (size,), "cpu")
     key, first = squares.key_of(1), squares.ELEMENTS * 2**56
-    for index in (0, random._CHUNK - 1, *range(random._CHUNK, size)):
+    for index in (0, random._BLOCK - 1, *range(random._BLOCK, size)):
         assert mask[index].item() == (squares.bits(first + index, key) < 2**31)
 
 

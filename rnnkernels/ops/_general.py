@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rnnkernels import reference
 from rnnkernels.kernels.eager.general import previous_states
+from rnnkernels.kernels.eager.products import linear
 from rnnkernels.kernels.eager.random import key_of
 from rnnkernels.kernels.recurrence import Recurrence, Trace, Weights
 from rnnkernels.ops._checks import Arguments, check_grad_clip, check_probability, check_seed
@@ -194,7 +195,8 @@ def _flat(sequence: Tensor) -> Tensor:
 
 def _product(gradient: Tensor, values: Tensor) -> Tensor:
     """The gradient of a weight: the sum over all steps of the outer products."""
-    return _flat(gradient).t() @ _flat(values).to(gradient.dtype)
+    # A strided matrix is slow to transpose where its stride is a power of two.
+    return linear(_flat(gradient).contiguous().t(), _flat(values).to(gradient.dtype).t())
 
 
 def _total(gradient: Tensor) -> Tensor:

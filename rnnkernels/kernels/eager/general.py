@@ -13,7 +13,7 @@ from torch import Tensor
 from rnnkernels.kernels.eager import random
 from rnnkernels.kernels.eager.products import add_linear, linear
 from rnnkernels.kernels.eager.rnn import ACTIVATE, derivative
-from rnnkernels.kernels.eager.variable_length import before, padding
+from rnnkernels.kernels.eager.variable_length import before, blocks, order_of_steps, padding
 from rnnkernels.kernels.recurrence import Gradients, Recurrence, Trace, Weights
 
 
@@ -107,11 +107,25 @@ class _GRU(_Cell):
     def __init__(self, weights: Weights, recurrence: Recurrence):
         super().__init__(weights, recurrence)
         self.weight_rz, self.weight_n = self.weight_hh.split((2 * self.hidden_size, self.hidden_size))
+        # In the order of the parts, (n, r, z), for one product where nothing stands between a product and its sum.
+        self.rolled = self.weight_hh.roll(self.hidden_size, 0) if recurrence.reset_after else None
+        self.at_once = recurrence.reset_after and weights.norm_hh is None
         self.norm_rz = self.norm(slice(0, 2 * self.hidden_size))
         self.norm_n = self.norm(slice(2 * self.hidden_size, None))
 
+    @functools.cached_property
+    def rolled_t(self) -> Tensor:
+        return self.rolled.t().contiguous()
+
     def forward(self, projected, product, gates, recurrent, h, c):
         size = self.hidden_size
+        if self.at_once:
+            gates[:, :size] = 0 if self.weights.bias is None else self.weights.bias
+            gates[:, size:] = projected
+            add_linear(gates[:, : 3 * size], recurrent, self.rolled, out=gates[:, : 3 * size])
+            gates[:, size : 3 * size].sigmoid_()
+            hn, r, z, n = gates.split(size, -1)
+            return torch.lerp(n.addcmul_(r, hn).tanh_(), h, z), None
         (hn, rz, n), (given_rz, given_n) = (
             tensor.split(widths, -1)
             for tensor, widths in ((gates, (size, 2 * size, size)), (projected, (2 * size, size)))
@@ -156,8 +170,10 @@ class _GRU(_Cell):
         zn = slopes[:, 2 * size :]
         self.clip_(zn.view(-1, 2, size).mul_(grad_h.unsqueeze(1)))
         if self.recurrence.reset_after:
-            hn.mul_(n)
-            self.clip_(r.mul_(n))
+            slopes[:, : 2 * size].view(-1, 2, size).mul_(n.unsqueeze(1))
+            self.clip_(r)
+            if self.at_once:
+                return linear(slopes[:, : 3 * size], self.rolled_t), grad_h * self.update[t], None
             grad_carried = hn
             if self.norm_n is not None:
                 grad_carried = self._through(self.norm_n, hn, t, grad_product[:, 2 * size :])
@@ -171,7 +187,7 @@ class _GRU(_Cell):
         grad_rz = slopes[:, size : 3 * size]
         if self.norm_rz is not None:
             grad_rz = self._through(self.norm_rz, grad_rz, t, grad_product[:, : 2 * size])
-        return torch.addmm(grad_recurrent, grad_rz, self.weight_rz), grad_h * self.update[t], None
+        return grad_recurrent.addmm_(grad_rz, self.weight_rz), grad_h * self.update[t], None
 
     @staticmethod
     def _through(norm: _Norm, gradient: Tensor, t: int, out: Tensor) -> Tensor:
@@ -278,7 +294,8 @@ class _Zoneout:
     def backward(self, t: int, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gradients of the new and of the old state; None for one that is zero."""
         if self.stays is not None:
-            return gradient.masked_fill(self.stays[t], 0), gradient.masked_fill(~self.stays[t], 0)
+            new = gradient.masked_fill(self.stays[t], 0)
+            return new, gradient - new
         if self.probability:
             return gradient * (1 - self.probability), gradient * self.probability
         return gradient, None
@@ -287,10 +304,6 @@ class _Zoneout:
 def _sum(*terms: Tensor | None) -> Tensor:
     given = [term for term in terms if term is not None]
     return sum(given[1:], given[0])
-
-
-def _times(sequence_length: int, reverse: bool) -> range:
-    return range(sequence_length - 1, -1, -1) if reverse else range(sequence_length)
 
 
 def forward(
@@ -324,7 +337,7 @@ def forward(
     zone_c = _Zoneout(recurrence.zoneout_cell, random.ZONEOUT_CELL, sequence_length, c_0, recurrence)
     active = None if lengths is None else ~padding(lengths, sequence_length)
     cleared = None if reset is None else reset.unsqueeze(-1)
-    for t in _times(sequence_length, recurrence.reverse):
+    for t in order_of_steps(sequence_length, recurrence.reverse):
         old_h, old_c = h, c
         if cleared is not None:
             old_h = h.masked_fill(cleared[t], 0)
@@ -373,37 +386,47 @@ def backward(
     zone_c = _Zoneout(recurrence.zoneout_cell, random.ZONEOUT_CELL, sequence_length, c_0, recurrence)
     active = None if lengths is None else ~padding(lengths, sequence_length)
     cleared = None if reset is None else reset.unsqueeze(-1)
-    old_h, old_c, recurrent = previous_states(trace, h_0, c_0, lengths, reset, recurrence)
     grad_gates = torch.empty_like(trace.gates)
-    cell.prepare(trace, recurrent, old_h, old_c, grad_gates)
     grad_products = None if trace.products is None else torch.empty_like(trace.products)
     keeps_states = weights.weight_hr is not None or weights.norm_cell_weight is not None
     grad_states = torch.empty_like(trace.output) if keeps_states else None
     grad_h = grad_h_n
     grad_c = grad_c_n.to(trace.cells.dtype) if has_cells else None
-    for t in _times(sequence_length, not recurrence.reverse):
-        arriving_h, arriving_c = grad_h + grad_output[t], grad_c
-        if active is not None:
-            arriving_h = arriving_h.masked_fill(~active[t], 0)
-            arriving_c = grad_c.masked_fill(~active[t], 0) if has_cells else None
-        new_h, stayed_h = zone_h.backward(t, arriving_h)
-        new_c, stayed_c = zone_c.backward(t, arriving_c) if has_cells else (None, None)
-        if grad_states is not None:
-            grad_states[t] = new_h
-        grad_product = None if grad_products is None else grad_products[t]
-        through, beside, through_c = cell.backward(t, new_h, new_c, grad_gates[t], grad_product)
-        earlier_h = _sum(through if mask is None else through * mask, beside, stayed_h)
-        earlier_c = _sum(through_c, stayed_c) if has_cells else None
-        if cleared is not None:
-            earlier_h = earlier_h.masked_fill(cleared[t], 0)
-            earlier_c = earlier_c.masked_fill(cleared[t], 0) if has_cells else None
-        if active is None:
-            grad_h, grad_c = earlier_h, earlier_c
-        else:
-            grad_h = torch.where(active[t], earlier_h, grad_h)
-            grad_c = torch.where(active[t], earlier_c, grad_c) if has_cells else None
+    width = cell.parts * cell.hidden_size
+    for some in blocks([len(h_0)] * sequence_length, width, from_the_first=recurrence.reverse):
+        old_h, old_c, recurrent = previous_states(trace, h_0, c_0, lengths, reset, recurrence, some)
+        cell.prepare(_some(trace, some), recurrent, old_h, old_c, grad_gates[some])
+        for t in order_of_steps(some.stop - some.start, not recurrence.reverse):
+            time = some.start + t
+            arriving_h, arriving_c = grad_h + grad_output[time], grad_c
+            if active is not None:
+                arriving_h = arriving_h.masked_fill(~active[time], 0)
+                arriving_c = grad_c.masked_fill(~active[time], 0) if has_cells else None
+            new_h, stayed_h = zone_h.backward(time, arriving_h)
+            new_c, stayed_c = zone_c.backward(time, arriving_c) if has_cells else (None, None)
+            if grad_states is not None:
+                grad_states[time] = new_h
+            grad_product = None if grad_products is None else grad_products[time]
+            through, beside, through_c = cell.backward(t, new_h, new_c, grad_gates[time], grad_product)
+            earlier_h = _sum(through if mask is None else through * mask, beside, stayed_h)
+            earlier_c = _sum(through_c, stayed_c) if has_cells else None
+            if cleared is not None:
+                earlier_h = earlier_h.masked_fill(cleared[time], 0)
+                earlier_c = earlier_c.masked_fill(cleared[time], 0) if has_cells else None
+            if active is None:
+                grad_h, grad_c = earlier_h, earlier_c
+            else:
+                grad_h = torch.where(active[time], earlier_h, grad_h)
+                grad_c = torch.where(active[time], earlier_c, grad_c) if has_cells else None
     grad_c_0 = grad_c.to(c_0.dtype, copy=True) if has_cells else None
     return Gradients(grad_gates, grad_products, grad_states, grad_h.clone(), grad_c_0)
+
+
+def _some(trace: Trace, steps: slice) -> Trace:
+    """The trace of some steps."""
+    sequences = ("output", "gates", "cells", "new_cells", "products")
+    given = {name: getattr(trace, name) for name in sequences}
+    return trace._replace(**{name: value[steps] for name, value in given.items() if value is not None})
 
 
 def previous_states(
@@ -413,12 +436,15 @@ def previous_states(
     lengths: Tensor | None,
     reset: Tensor | None,
     recurrence: Recurrence,
+    steps: slice | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """For every step: the state and the cell state that it starts from, and the state in its recurrent products."""
-    h = before(trace.output, h_0, lengths, recurrence.reverse)
-    c = None if c_0 is None else before(trace.cells, c_0.to(trace.cells.dtype), lengths, recurrence.reverse)
+    """For each step, or some: the state and cell state it starts from, and the state in its recurrent products."""
+    steps = slice(0, len(trace.output)) if steps is None else steps
+    h = before(trace.output, h_0, lengths, recurrence.reverse, steps)
+    c = None if c_0 is None else before(trace.cells, c_0.to(trace.cells.dtype), lengths, recurrence.reverse, steps)
     if reset is not None:
-        h = h.masked_fill_(reset.unsqueeze(-1), 0)
-        c = None if c is None else c.masked_fill_(reset.unsqueeze(-1), 0)
+        cleared = reset[steps].unsqueeze(-1)
+        h = h.masked_fill(cleared, 0)
+        c = None if c is None else c.masked_fill(cleared, 0)
     mask = recurrent_mask(h_0, recurrence)
     return h, c, h if mask is None else h * mask

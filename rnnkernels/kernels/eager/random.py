@@ -11,7 +11,7 @@ RECURRENT, ZONEOUT, ZONEOUT_CELL, ELEMENTS = range(4)
 """Streams: the masks of one key differ by use."""
 
 _LOW = 0xFFFFFFFF
-_CHUNK = 2**17
+_BLOCK = 2**15
 """Counters at a time: their 64-bit intermediates then fit a cache."""
 
 
@@ -29,28 +29,34 @@ def threshold(probability: float) -> int:
     return round(probability * 2**32)
 
 
-def _swapped_halves(x: Tensor) -> Tensor:
-    return ((x >> 32) & _LOW) | (x << 32)
+def _bits(memory: Tensor, key: int) -> Tensor:
+    """32 random bits for each counter in the first row of ``memory``, whose four rows are all overwritten."""
+    y, z, x, half = memory
+    y.mul_(key)
+    torch.add(y, key, out=z)
+    torch.addcmul(y, y, y, out=x)
+    for addend in (z, y, z):
+        torch.bitwise_right_shift(x, 32, out=half)
+        x.bitwise_left_shift_(32).bitwise_or_(half.bitwise_and_(_LOW))
+        torch.addcmul(addend, x, x, out=x)
+    return x.bitwise_right_shift_(32).bitwise_and_(_LOW)
 
 
 def bits(counter: Tensor, key: int) -> Tensor:
     """32 random bits for each counter, as int64."""
-    y = counter * key
-    z = y + key
-    x = _swapped_halves(y * y + y)
-    x = _swapped_halves(x * x + z)
-    x = _swapped_halves(x * x + y)
-    return ((x * x + z) >> 32) & _LOW
+    return _bits(torch.stack([counter.flatten()] * 4), key).view(counter.shape)
 
 
 def dropped(key: int, stream: int, probability: float, shape: torch.Size | tuple[int, ...], device) -> Tensor:
     """True where an element is dropped, element by element in the order of memory."""
     mask = torch.empty(shape, dtype=torch.bool, device=device)
     flat, first = mask.view(-1), stream << 56
-    for start in range(0, flat.numel(), _CHUNK):
-        part = flat[start : start + _CHUNK]
-        counter = torch.arange(first + start, first + start + part.numel(), device=device)
-        torch.lt(bits(counter, key), threshold(probability), out=part)
+    memory = torch.empty(4, min(_BLOCK, flat.numel()), dtype=torch.int64, device=device)
+    for start in range(0, flat.numel(), _BLOCK):
+        part = flat[start : start + _BLOCK]
+        block = memory[:, : part.numel()]
+        torch.arange(first + start, first + start + part.numel(), out=block[0])
+        torch.lt(_bits(block, key), threshold(probability), out=part)
     return mask
 
 

@@ -10,14 +10,16 @@ def padding(lengths: Tensor, sequence_length: int) -> Tensor:
     return (lengths <= steps).unsqueeze(-1)
 
 
-def before(sequence: Tensor, initial: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor:
-    """The state before each step, from the states after it."""
+def before(sequence: Tensor, initial: Tensor, lengths: Tensor | None, reverse: bool, steps: slice) -> Tensor:
+    """The state before each of some steps, from the states after all steps. A view where that will do."""
+    start, stop = steps.start, steps.stop
     if not reverse:
-        return torch.cat([initial.unsqueeze(0), sequence[:-1]])
-    earlier = torch.cat([sequence[1:], initial.unsqueeze(0)])
+        return sequence[start - 1 : stop - 1] if start else torch.cat([initial.unsqueeze(0), sequence[: stop - 1]])
+    whole = stop < len(sequence)
+    earlier = sequence[start + 1 : stop + 1] if whole else torch.cat([sequence[start + 1 :], initial.unsqueeze(0)])
     if lengths is not None:
         # Where a shorter sequence begins, the state of the step after holds padding.
-        first = torch.arange(1, sequence.shape[0] + 1, device=lengths.device).unsqueeze(1) == lengths
+        first = torch.arange(start + 1, stop + 1, device=lengths.device).unsqueeze(1) == lengths
         earlier = torch.where(first.unsqueeze(-1), initial, earlier)
     return earlier
 
