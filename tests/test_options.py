@@ -116,6 +116,17 @@ def test_all_together_match_the_reference(operator, reverse, training):
     assert_parity(tensors, 1e-11, operator, **{**options, "reverse": reverse, "training": training})
 
 
+@pytest.mark.parametrize("reverse", [True, False])
+@pytest.mark.parametrize("names", [(), ("lengths",), ("norm_hh", "reset"), "everything"], ids=str)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_sequences_of_many_blocks_match_the_reference(monkeypatch, operator, names, reverse):
+    from rnnkernels.kernels.eager import variable_length
+
+    monkeypatch.setattr(variable_length, "_IN_CACHE", 200)  # so that a block is a few steps
+    tensors, options = case(operator, EVERYTHING[operator] if names == "everything" else names, (23, 3, 2, 5))
+    assert_parity(tensors, 1e-11, operator, **{**options, "reverse": reverse})
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 4e-2), (torch.float16, 5e-3)])
 @pytest.mark.parametrize(
     ("operator", "name"), [(o, n) for o in OPERATORS for n in (*NAMES[o], "everything") if n != "grad_clip"]
