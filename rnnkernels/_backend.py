@@ -69,6 +69,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+def asked_for(backend: str) -> bool:
+    """Whether this implementation was chosen by name."""
+    return _selected == backend
+
+
 def resolve(device: torch.device, dtype: torch.dtype) -> str:
     """The implementation for tensors of this device and type: ``"triton"`` or ``"eager"``.
 

@@ -94,3 +94,17 @@ def test_lazy_parts_and_unknown_names():
     assert {"RNN", "RNNCell", "data", "diagnostics", "use_backend"} <= set(dir(rk))
     with pytest.raises(AttributeError, match="no attribute 'LSTMM'"):
         rk.LSTMM  # noqa: B018
+
+
+@pytest.mark.parametrize(("hidden_size", "expected"), [(4096, "triton"), (4097, "eager")])
+def test_a_row_too_long_to_normalize_falls_back(monkeypatch, hidden_size, expected):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from rnnkernels.ops import _checks, _general
+
+    gain = torch.ones(hidden_size)
+    tensors = {"h_0": torch.zeros(1, hidden_size), "norm_hh": gain}
+    arguments = _checks.Arguments(tensors, None, None, "triton")
+    assert _general._backend_for(arguments) == expected
+    assert _general._backend_for(arguments._replace(tensors={**tensors, "norm_hh": None})) == "triton"
+    with rk.use_backend("triton"):
+        assert _general._backend_for(arguments) == "triton"

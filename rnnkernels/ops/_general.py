@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rnnkernels import reference
+from rnnkernels._backend import asked_for
 from rnnkernels.kernels.eager.general import previous_states
 from rnnkernels.kernels.eager.products import linear
 from rnnkernels.kernels.eager.random import key_of
@@ -450,6 +451,16 @@ def check_options(
     )
 
 
+def _backend_for(arguments: Arguments) -> str:
+    """The back end: PyTorch where a row is too long for the kernels to normalize, unless Triton was chosen by name."""
+    backend, tensors = arguments.backend, arguments.tensors
+    normalized = tensors.get("norm_hh") is not None or tensors.get("norm_cell_weight") is not None
+    if backend == "triton" and normalized and not asked_for("triton"):
+        hidden_size = tensors.get("c_0", tensors["h_0"]).shape[1]
+        return "eager" if hidden_size > kernels("triton", "dispatch").LARGEST_ROW else backend
+    return backend
+
+
 def run(
     cell: str,
     projected: Tensor,
@@ -483,6 +494,6 @@ def run(
         options.zoneout_cell,
         options.training,
         options.grad_clip,
-        arguments.backend,
+        _backend_for(arguments),
     )
     return results[: 2 if tensors.get("c_0") is None else 3]
