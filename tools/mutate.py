@@ -134,7 +134,7 @@ MUTATIONS = [
     *of(
         "kernels/eager/random.py",
         "random",
-        ("random: a round less", "    x = _swapped_halves(x * x + z)\n", ""),
+        ("random: a round less", "for addend in (z, y, z):", "for addend in (z, z):"),
         ("random: even keys", "| 1\n", "| 0\n"),
         ("random: no stream", "flat, first = mask.view(-1), stream << 56", "flat, first = mask.view(-1), 0"),
         (
@@ -393,9 +393,18 @@ MUTATIONS = [
             "self.clip_(zn.view(-1, 2, size).mul_(grad_h.unsqueeze(1)))",
             "zn.view(-1, 2, size).mul_(grad_h.unsqueeze(1))",
         ),
-        ("general gru: unclipped r", "self.clip_(r.mul_(n))", "r.mul_(n)"),
+        ("general gru: unclipped r", "            self.clip_(r)\n", ""),
         ("general gru: unclipped r, reset before", "self.clip_(r.mul_(grad_reset))", "r.mul_(grad_reset)"),
-        ("general gru: straight path dropped", "grad_h * self.update[t], None", "grad_h * 0, None"),
+        (
+            "general gru: straight path dropped",
+            "grad_recurrent.addmm_(grad_rz, self.weight_rz), grad_h * self.update[t], None",
+            "grad_recurrent.addmm_(grad_rz, self.weight_rz), grad_h * 0, None",
+        ),
+        (
+            "general gru: straight path dropped, in one product",
+            "self.rolled_t), grad_h * self.update[t], None",
+            "self.rolled_t), grad_h * 0, None",
+        ),
         (
             "general gru: reset before, product not masked",
             "grad_recurrent = grad_reset * hn",
@@ -433,16 +442,16 @@ MUTATIONS = [
             "grad_h = grad_h @ (2 * self.projection)",
         ),
         ("general: mask not drawn again", "through if mask is None else through * mask", "through"),
-        ("general: zoneout's old state gets nothing", "gradient.masked_fill(~self.stays[t], 0)", "gradient * 0"),
+        ("general: zoneout's old state gets nothing", "return new, gradient - new", "return new, gradient * 0"),
         (
             "general: expectation's old state gets nothing",
             "return gradient * (1 - self.probability), gradient * self.probability",
             "return gradient * (1 - self.probability), gradient * 0",
         ),
-        ("general: gradient past a reset", "earlier_h = earlier_h.masked_fill(cleared[t], 0)", "pass"),
+        ("general: gradient past a reset", "earlier_h = earlier_h.masked_fill(cleared[time], 0)", "pass"),
         (
             "general: gradient of the cell state past a reset",
-            "earlier_c = earlier_c.masked_fill(cleared[t], 0) if has_cells else None",
+            "earlier_c = earlier_c.masked_fill(cleared[time], 0) if has_cells else None",
             "pass",
         ),
         (
@@ -450,7 +459,7 @@ MUTATIONS = [
             "old_c = c.masked_fill(cleared[t], 0) if has_cells else None",
             "old_c = c",
         ),
-        ("general: gradient in the padding", "arriving_h = arriving_h.masked_fill(~active[t], 0)", "pass"),
+        ("general: gradient in the padding", "arriving_h = arriving_h.masked_fill(~active[time], 0)", "pass"),
         ("general: state goes on in the padding", "h = torch.where(active[t], new_h, h)", "h = new_h"),
         (
             "general: both zoneouts share a mask",
@@ -462,7 +471,7 @@ MUTATIONS = [
             "if not (recurrence.training and recurrence.recurrent_dropout):",
             "if not recurrence.recurrent_dropout:",
         ),
-        ("general: previous states not reset", "h = h.masked_fill_(reset.unsqueeze(-1), 0)", "pass"),
+        ("general: previous states not reset", "h = h.masked_fill(cleared, 0)", "pass"),
         ("general: previous states not masked", "return h, c, h if mask is None else h * mask", "return h, c, h"),
         (
             "general: gradient of the initial cell state dropped",
