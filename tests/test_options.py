@@ -116,6 +116,23 @@ def test_all_together_match_the_reference(operator, reverse, training):
     assert_parity(tensors, 1e-11, operator, **{**options, "reverse": reverse, "training": training})
 
 
+@pytest.mark.parametrize("names", [(), ("norm_hh",), ("reset_before",)], ids=str)
+def test_the_gradient_of_the_reset_gate_is_clipped_itself(names):
+    # What reaches it was clipped in the candidate; only a large product with the state brings it beyond the bound.
+    tensors, options = case("gru", names)
+    with torch.no_grad():
+        tensors[1].mul_(10)
+        tensors[3][10:].mul_(10)
+        tensors[4][10:] = -10
+        tensors[5][10:] = 20
+    assert_parity(tensors, 1e-11, "gru", grad_clip=0.05, **options)
+    free, clipped = (
+        torch.autograd.grad(rk.ops.gru(*tensors, grad_clip=bound, **options)[0].sum(), tensors[4])[0]
+        for bound in (None, 1e-4)
+    )
+    assert clipped.abs().max() < free.abs().max()
+
+
 @pytest.mark.parametrize("reverse", [True, False])
 @pytest.mark.parametrize("names", [(), ("lengths",), ("norm_hh", "reset"), "everything"], ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
