@@ -466,11 +466,6 @@ MUTATIONS = [
             "random.dropped(recurrence.key, stream, probability",
             "random.dropped(recurrence.key, random.ZONEOUT, probability",
         ),
-        (
-            "general: masks out of training",
-            "if not (recurrence.training and recurrence.recurrent_dropout):",
-            "if not recurrence.recurrent_dropout:",
-        ),
         ("general: previous states not reset", "h = h.masked_fill(cleared, 0)", "pass"),
         ("general: previous states not masked", "return h, c, h if mask is None else h * mask", "return h, c, h"),
         (
