@@ -294,8 +294,8 @@ class _Zoneout:
     def backward(self, t: int, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gradients of the new and of the old state; None for one that is zero."""
         if self.stays is not None:
-            new = gradient.masked_fill(self.stays[t], 0)
-            return new, gradient - new
+            stays = self.stays[t]
+            return gradient.masked_fill(stays, 0), torch.where(stays, gradient, 0)
         if self.probability:
             return gradient * (1 - self.probability), gradient * self.probability
         return gradient, None
