@@ -442,7 +442,7 @@ MUTATIONS = [
             "grad_h = grad_h @ (2 * self.projection)",
         ),
         ("general: mask not drawn again", "through if mask is None else through * mask", "through"),
-        ("general: zoneout's old state gets nothing", "return new, gradient - new", "return new, gradient * 0"),
+        ("general: zoneout's old state gets nothing", "torch.where(stays, gradient, 0)", "gradient * 0"),
         (
             "general: expectation's old state gets nothing",
             "return gradient * (1 - self.probability), gradient * self.probability",
