@@ -22,6 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not sup
 def load_module_db():
     """PyTorch's samples. Their file imports expecttest for the base class of tests, which are not used here."""
     absent = importlib.util.find_spec("expecttest") is None
+    path, flag = list(sys.path), "__allow_nonbracketed_mutation_flag"
     if absent:
         stand_in = types.ModuleType("expecttest")
         stand_in.TestCase = unittest.TestCase
@@ -33,6 +34,9 @@ def load_module_db():
     except ImportError as error:  # they are not part of PyTorch's public interface
         pytest.skip(f"PyTorch's samples can't be imported: {error}", allow_module_level=True)
     finally:
+        # The import locks torch.backends' flags and lengthens the path, which other tests would find so.
+        torch.backends.flags_frozen.__globals__[flag] = True
+        sys.path[:] = path
         if absent:
             del sys.modules["expecttest"]
 
