@@ -1,5 +1,6 @@
 """Recurrent modules that stand where ``torch.nn``'s stood."""
 
+import itertools
 from typing import ClassVar
 
 import torch
@@ -288,7 +289,7 @@ class Recurrent(SequenceModule, torch.nn.RNNBase):
             return False
         if self.dropout and self.training and self.num_layers > 1:
             return False
-        wanted = differentiable((input, *states, *self.parameters()))
+        wanted = differentiable(itertools.chain((input, *states), self.parameters()))
         steps = self._native_steps_training if wanted else self._native_steps
         return len(input) <= steps and resolve(input.device, input.dtype) == "eager"
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rnnkernels import reference
 from rnnkernels._backend import asked_for
-from rnnkernels.kernels.eager.general import previous_states
+from rnnkernels.kernels.eager.general import previous_states, recurrent_mask
 from rnnkernels.kernels.eager.products import linear
 from rnnkernels.kernels.eager.random import key_of
 from rnnkernels.kernels.recurrence import Recurrence, Trace, Weights
@@ -24,7 +24,7 @@ ROWS = {"rnn": 1, "gru": 3, "lstm": 4}
 """Rows of the weights that a hidden unit has."""
 
 
-def _recurrence(seed: Tensor | None, backend: str, **options) -> Recurrence:
+def _recurrence(seed: Tensor | None, **options) -> Recurrence:
     return Recurrence(**options, key=1 if seed is None else key_of(int(seed)))
 
 
@@ -57,7 +57,6 @@ def _general(
     """The fields of :class:`rnnkernels.kernels.recurrence.Trace`; empty tensors for those that are None."""
     recurrence = _recurrence(
         seed,
-        backend,
         cell=cell,
         nonlinearity=nonlinearity,
         reset_after=reset_after,
@@ -157,7 +156,6 @@ def _general_backward(
     """Gradients of the projected input, the states and the weights, in the operator's order; empty for those absent."""
     recurrence = _recurrence(
         seed,
-        backend,
         cell=cell,
         nonlinearity=nonlinearity,
         reset_after=reset_after,
@@ -183,7 +181,8 @@ def _general_backward(
         gradients = kernels(backend, "general").backward(
             grad_output, grad_h_n, grad_c_n, kept, h_0, c_0, weights, lengths, reset, recurrence
         )
-    _, old_c, recurrent = previous_states(kept, h_0, c_0, lengths, reset, recurrence)
+    mask = recurrent_mask(h_0, recurrence)
+    _, old_c, recurrent = previous_states(kept, h_0, c_0, lengths, reset, recurrence, mask)
     return [
         tensor if tensor is not None else output.new_empty(0)
         for tensor in _WEIGHT_GRADIENTS[cell](gradients, kept, weights, recurrent, old_c, reset_after)

@@ -394,7 +394,7 @@ def backward(
     grad_c = grad_c_n.to(trace.cells.dtype) if has_cells else None
     width = cell.parts * cell.hidden_size
     for some in blocks([len(h_0)] * sequence_length, width, from_the_first=recurrence.reverse):
-        old_h, old_c, recurrent = previous_states(trace, h_0, c_0, lengths, reset, recurrence, some)
+        old_h, old_c, recurrent = previous_states(trace, h_0, c_0, lengths, reset, recurrence, mask, some)
         cell.prepare(_some(trace, some), recurrent, old_h, old_c, grad_gates[some])
         for t in order_of_steps(some.stop - some.start, not recurrence.reverse):
             time = some.start + t
@@ -436,6 +436,7 @@ def previous_states(
     lengths: Tensor | None,
     reset: Tensor | None,
     recurrence: Recurrence,
+    mask: Tensor | None,
     steps: slice | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """For each step, or some: the state and cell state it starts from, and the state in its recurrent products."""
@@ -446,5 +447,4 @@ def previous_states(
         cleared = reset[steps].unsqueeze(-1)
         h = h.masked_fill(cleared, 0)
         c = None if c is None else c.masked_fill(cleared, 0)
-    mask = recurrent_mask(h_0, recurrence)
     return h, c, h if mask is None else h * mask
