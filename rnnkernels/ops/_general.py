@@ -24,8 +24,9 @@ ROWS = {"rnn": 1, "gru": 3, "lstm": 4}
 """Rows of the weights that a hidden unit has."""
 
 
-def _recurrence(seed: Tensor | None, **options) -> Recurrence:
-    return Recurrence(**options, key=1 if seed is None else key_of(int(seed)))
+def _recurrence(seed: Tensor | None, *options: object) -> Recurrence:
+    """The cell and its options, in the operator's order, which is that of the fields."""
+    return Recurrence(*options, key=1 if seed is None else key_of(int(seed)))
 
 
 @torch.library.custom_op("rnnkernels::recurrence", mutates_args=())
@@ -57,15 +58,15 @@ def _general(
     """The fields of :class:`rnnkernels.kernels.recurrence.Trace`; empty tensors for those that are None."""
     recurrence = _recurrence(
         seed,
-        cell=cell,
-        nonlinearity=nonlinearity,
-        reset_after=reset_after,
-        reverse=reverse,
-        recurrent_dropout=recurrent_dropout,
-        zoneout=zoneout,
-        zoneout_cell=zoneout_cell,
-        training=training,
-        grad_clip=grad_clip,
+        cell,
+        nonlinearity,
+        reset_after,
+        reverse,
+        recurrent_dropout,
+        zoneout,
+        zoneout_cell,
+        training,
+        grad_clip,
     )
     weights = Weights(weight_hh, bias, weight_hr, weight_peephole, norm_hh, norm_cell_weight, norm_cell_bias)
     with torch.cuda.device_of(projected):
@@ -156,15 +157,15 @@ def _general_backward(
     """Gradients of the projected input, the states and the weights, in the operator's order; empty for those absent."""
     recurrence = _recurrence(
         seed,
-        cell=cell,
-        nonlinearity=nonlinearity,
-        reset_after=reset_after,
-        reverse=reverse,
-        recurrent_dropout=recurrent_dropout,
-        zoneout=zoneout,
-        zoneout_cell=zoneout_cell,
-        training=training,
-        grad_clip=grad_clip,
+        cell,
+        nonlinearity,
+        reset_after,
+        reverse,
+        recurrent_dropout,
+        zoneout,
+        zoneout_cell,
+        training,
+        grad_clip,
     )
     weights = Weights(weight_hh, bias, weight_hr, weight_peephole, norm_hh, norm_cell_weight, norm_cell_bias)
     output, h_n, c_n, gates, cells, new_cells, products = trace
@@ -195,8 +196,10 @@ def _flat(sequence: Tensor) -> Tensor:
 
 def _product(gradient: Tensor, values: Tensor) -> Tensor:
     """The gradient of a weight: the sum over all steps of the outer products."""
-    # A strided matrix is slow to transpose where its stride is a power of two.
-    return linear(_flat(gradient).contiguous().t(), _flat(values).to(gradient.dtype).t())
+    gradient, values = _flat(gradient), _flat(values).to(gradient.dtype)
+    if gradient.device.type == "cpu":
+        gradient = gradient.contiguous()  # a stride that is a power of two makes a matrix slow to transpose there
+    return linear(gradient.t(), values.t())
 
 
 def _total(gradient: Tensor) -> Tensor:
