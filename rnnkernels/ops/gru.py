@@ -243,9 +243,8 @@ def _gru_backward(
             )
         gradient = gradient.flatten(0, 1)
     from_input, from_state = gradient[:, hidden_size:], gradient[:, : 3 * hidden_size]
-    if (
-        backend == "eager" and hidden_size >= ENOUGH_COLUMNS
-    ):  # products of such size gain from contiguous rows more than the copies cost
+    if backend == "eager" and hidden_size >= ENOUGH_COLUMNS:
+        # On a CPU, products of such size gain from contiguous rows more than the copies cost.
         from_input, from_state = from_input.contiguous(), from_state.contiguous()
     needs_input, _, needs_weight_ih, needs_weight_hh, needs_bias_ih, needs_bias_hh = needs
     grad_input, grad_weight_ih, grad_bias_ih = projection_gradients(
