@@ -82,6 +82,8 @@ def resolve(device: torch.device, dtype: torch.dtype) -> str:
     RuntimeError
         If ``use_backend("triton")`` holds and Triton can't run on them.
     """
+    if _selected == "auto" and device.type == "cpu":  # before a reason is worded, which takes longer than the choice
+        return "eager"
     return explain(device, dtype)[0]
 
 

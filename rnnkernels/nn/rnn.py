@@ -1,6 +1,5 @@
 """Recurrent modules that stand where ``torch.nn``'s stood."""
 
-import itertools
 from typing import ClassVar
 
 import torch
@@ -9,8 +8,10 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from rnnkernels import ops
 from rnnkernels._backend import autocast_dtype, resolve
+from rnnkernels.kernels.eager import onednn
 from rnnkernels.ops._checks import check_choice, check_grad_clip, check_probability, check_reset, differentiable
 from rnnkernels.ops._sequence import transformed
+from rnnkernels.ops.lstm import FEW_STEPS, run_onednn
 
 State = Tensor | tuple[Tensor, Tensor]
 
@@ -129,24 +130,32 @@ class SequenceModule(torch.nn.Module):
         """Features of each state."""
         return (self.hidden_size,)
 
+    def _parameter(self, name: str) -> Tensor:
+        """A parameter by name: parametrized ones are attributes, which take longer to find."""
+        value = self._parameters.get(name)
+        return getattr(self, name) if value is None else value
+
     def _check(self, input: Tensor, states: tuple[Tensor, ...] | None, reset: Tensor | None) -> None:
-        weight = self.weight_ih_l0
-        autocast = autocast_dtype(input.device) is not None
-        if input.shape[2] != self.input_size:
-            raise RuntimeError(f"input: expected {self.input_size} features (input_size), got {input.shape[2]}")
-        if input.shape[0] == 0:
+        weight = self._parameter("weight_ih_l0")
+        sequence_length, batch, features = input.shape
+        if features != self.input_size:
+            raise RuntimeError(f"input: expected {self.input_size} features (input_size), got {features}")
+        if sequence_length == 0:
             raise RuntimeError("input: expected at least 1 step, got an empty sequence")
-        if input.dtype != weight.dtype and not autocast:
+        if input.dtype != weight.dtype and autocast_dtype(input.device) is None:
             raise ValueError(f"input: expected dtype {weight.dtype}, as the weights have, got {input.dtype}")
         if input.device != weight.device:
             raise RuntimeError(f"input: expected device {weight.device}, where the weights are, got {input.device}")
         if reset is not None:
-            check_reset(reset, *input.shape[:2], input.device)
-        for name, state, size in zip(self.state_names, states or (), self._state_sizes(), strict=False):
-            expected = (self.num_layers * len(self._suffixes()), input.shape[1], size)
-            if tuple(state.shape) != expected:
+            check_reset(reset, sequence_length, batch, input.device)
+        if states is None:
+            return
+        layers = self.num_layers * len(self._suffixes())
+        for name, state, size in zip(self.state_names, states, self._state_sizes(), strict=True):
+            expected = (layers, batch, size)
+            if state.shape != expected:
                 raise RuntimeError(f"{name}: expected shape {expected}, got {tuple(state.shape)}")
-            if state.dtype != input.dtype and not autocast:
+            if state.dtype != input.dtype and autocast_dtype(input.device) is None:
                 raise RuntimeError(f"{name}: expected dtype {input.dtype}, as input has, got {state.dtype}")
             if state.device != input.device:
                 raise RuntimeError(f"{name}: expected device {input.device}, where input is, got {state.device}")
@@ -239,12 +248,13 @@ class Recurrent(SequenceModule, torch.nn.RNNBase):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run all layers over a batch laid out as (sequence, batch, feature)."""
         self._check(input, states, reset)
+        if lengths is None and reset is None and self._native_may_serve(input):
+            weights = [self._parameter(name) for name in self._flat_weights_names]
+            if self._native_is_faster(input, states, weights):
+                return self._run_native(input, states, weights)
         suffixes = self._suffixes()
         if states is None:
-            count = self.num_layers * len(suffixes)
-            states = tuple(input.new_zeros(count, input.shape[1], size) for size in self._state_sizes())
-        if lengths is None and reset is None and self._native_is_faster(input, states):
-            return self._run_native(input, states)
+            states = self._zeros(input)
         seeds = _Seeds() if self.training and self._draws() else None
         initial = zip(*(state.unbind(0) for state in states), strict=True)
         final = []
@@ -275,30 +285,41 @@ class Recurrent(SequenceModule, torch.nn.RNNBase):
                 output = ops.dropout(output, self.dropout, seed=seeds.next())
         return output, tuple(torch.stack(kind) for kind in zip(*final, strict=True))
 
+    def _zeros(self, input: Tensor) -> tuple[Tensor, ...]:
+        """The initial states where none are given."""
+        layers = self.num_layers * len(self._suffixes())
+        return tuple(input.new_zeros(layers, input.shape[1], size) for size in self._state_sizes())
+
     def _plain(self) -> bool:
         """Whether no argument asks for what ``torch.nn`` can't do."""
-        return all(getattr(self, name) == default for name, default in self._options.items())
+        values = self.__dict__
+        return all(values[name] == default for name, default in self._options.items())
 
-    def _native_is_faster(self, input: Tensor, states: tuple[Tensor, ...]) -> bool:
-        """Whether PyTorch's own operator serves best: on a CPU, for a few steps."""
+    def _native_may_serve(self, input: Tensor) -> bool:
+        """Whether PyTorch's own operators can do what is asked for, on a CPU."""
         if input.device.type != "cpu" or torch.compiler.is_compiling() or input.numel() == 0:
             return False
         if input.dtype not in (torch.float32, torch.float64):  # PyTorch sums 16-bit gradients in 16 bits
             return False
-        if not self._plain() or transformed() or autocast_dtype(input.device) is not None:
-            return False
         if self.dropout and self.training and self.num_layers > 1:
             return False
-        wanted = differentiable(itertools.chain((input, *states), self.parameters()))
-        steps = self._native_steps_training if wanted else self._native_steps
-        return len(input) <= steps and resolve(input.device, input.dtype) == "eager"
+        if not self._plain() or transformed() or torch.is_autocast_enabled("cpu"):
+            return False
+        return resolve(input.device, input.dtype) == "eager"
+
+    def _native_is_faster(self, input: Tensor, states: tuple[Tensor, ...] | None, weights: list[Tensor]) -> bool:
+        """Whether PyTorch's own operator serves best: for a few steps."""
+        wanted = differentiable((input, *(states or ()), *weights))
+        return len(input) <= (self._native_steps_training if wanted else self._native_steps)
 
     # Up to so many steps a call of our operator costs more than it saves (a CPU, 1 thread, float32, torch 2.13).
     _native_steps: ClassVar[float] = 32
     _native_steps_training: ClassVar[float] = 12
 
-    def _run_native(self, input: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        weights = [getattr(self, name) for name in self._flat_weights_names]
+    def _run_native(
+        self, input: Tensor, states: tuple[Tensor, ...] | None, weights: list[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        states = self._zeros(input) if states is None else states
         options = (weights, self.bias, self.num_layers, 0.0, self.training, self.bidirectional, False)
         output, *final = self._native_operator()(input, states if len(states) > 1 else states[0], *options)
         return output, tuple(final)
@@ -465,7 +486,8 @@ class RNN(Recurrent):
     _options: ClassVar[dict[str, object]] = {"nonlinearity": "tanh", **Recurrent._options}
 
     def _plain(self) -> bool:
-        default = all(getattr(self, name) == value for name, value in Recurrent._options.items())
+        values = self.__dict__
+        default = all(values[name] == value for name, value in Recurrent._options.items())
         return default and self.nonlinearity in ("tanh", "relu")
 
     def _native_operator(self):
@@ -754,9 +776,42 @@ class LSTM(Recurrent):
     def _draws(self) -> bool:
         return super()._draws() or bool(self.zoneout_cell)
 
-    # The same layer of oneDNN's is in ours, which can also be differentiated twice.
     _native_steps: ClassVar[float] = float("inf")
     _native_steps_training: ClassVar[float] = 0
+
+    def _native_is_faster(self, input: Tensor, states: tuple[Tensor, ...] | None, weights: list[Tensor]) -> bool:
+        # What the operator would do for a plain layer, without its checks.
+        by_layer = len(input) > FEW_STEPS and self._native_steps and self._on_onednn(input)
+        return by_layer or super()._native_is_faster(input, states, weights)
+
+    def _on_onednn(self, input: Tensor) -> bool:
+        return not self.proj_size and onednn.available(input)
+
+    def _run_native(
+        self, input: Tensor, states: tuple[Tensor, ...] | None, weights: list[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if not self._on_onednn(input):
+            return super()._run_native(input, states, weights)
+        directions = len(self._suffixes())
+        layers = self.num_layers * directions
+        if states is None:
+            zeros = input.new_zeros(input.shape[1], self.hidden_size)
+            initial = [(zeros, zeros)] * layers
+        else:
+            initial = list(zip(*(state.unbind(0) for state in states), strict=True))
+        each = len(weights) // layers
+        output, final = input, []
+        for first in range(0, layers, directions):
+            outputs = []
+            for index in range(first, first + directions):
+                own = weights[each * index : each * (index + 1)]
+                sequence, *last = run_onednn(output, *initial[index], own, reverse=index > first)
+                outputs.append(sequence)
+                final.append(last)
+            output = sequence if directions == 1 else torch.cat(outputs, dim=-1)
+        if layers == 1:
+            return output, tuple(state.unsqueeze(0) for state in last)
+        return output, tuple(torch.stack(kind) for kind in zip(*final, strict=True))
 
     def _native_operator(self):
         return torch.lstm

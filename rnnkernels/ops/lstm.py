@@ -1,12 +1,14 @@
 """The long short-term memory over a whole sequence."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from rnnkernels import reference
 from rnnkernels.kernels.eager import onednn
 from rnnkernels.kernels.eager.variable_length import padding
-from rnnkernels.ops._checks import Arguments, check_recurrent, differentiable
+from rnnkernels.ops._checks import Arguments, check_recurrent, check_tensor, differentiable
 from rnnkernels.ops._general import Options, check_options, run
 from rnnkernels.ops._sequence import (
     differentiable_gradients,
@@ -170,7 +172,7 @@ def lstm(
     if options.needed or reset is not None or any(tensors[name] is not None for name in _OF_OPTIONS):
         return _with_options(arguments, options, reverse)
     plain = [tensor for name, tensor in tensors.items() if name not in _OF_OPTIONS]
-    if arguments.backend == "eager" and onednn.available(tensors["input"], tensors["h_0"]):
+    if arguments.backend == "eager" and tensors["h_0"].numel() and onednn.available(tensors["input"]):
         # While it is compiled or exported, the number of steps must stay open.
         if not torch.compiler.is_compiling() and lengths is None and len(input) <= FEW_STEPS and differentiable(plain):
             return _steps(*plain, reverse)
@@ -209,31 +211,6 @@ def _steps(
     return torch.stack(output[::-1] if reverse else output), *states
 
 
-class _OneDNN(torch.autograd.Function):
-    """The LSTM on oneDNN, once differentiable on it, and again by the reference."""
-
-    @staticmethod
-    def forward(ctx, input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, reverse):
-        tensors = [tensor.contiguous() for tensor in (input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)]
-        results = onednn.forward(*tensors[:3], tensors[3:], reverse, train=True)
-        ctx.reverse = reverse
-        ctx.save_for_backward(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, *results)
-        return results[:3]
-
-    @staticmethod
-    def backward(ctx, grad_output, grad_h_n, grad_c_n):
-        saved = ctx.saved_tensors  # once: checkpointing computes them anew at each access
-        tensors, results = saved[:7], saved[7:]
-        needs = ctx.needs_input_grad[:7]
-        cotangents = grad_output, grad_h_n, grad_c_n
-        if torch.is_grad_enabled():
-            again = reference.lstm(*tensors, reverse=ctx.reverse)
-            return *differentiable_gradients(again, tensors, needs, cotangents), None
-        tensors = [tensor.contiguous() for tensor in tensors]
-        gradients = onednn.backward(*cotangents, results, *tensors[:3], tensors[3:], ctx.reverse)
-        return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None
-
-
 def _native(
     input: Tensor,
     h_0: Tensor,
@@ -263,14 +240,29 @@ def _native(
     return output.masked_fill(padding(lengths, output.shape[0]), 0), h_n, c_n
 
 
+def run_onednn(
+    input: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor], reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The plain LSTM for a module that has checked all but its weights, where :func:`onednn.available` holds.
+
+    ``weights`` end with both biases, or have none.
+    """
+    rows = 4 * h_0.shape[1]
+    shapes = (rows, input.shape[2]), (rows, h_0.shape[1]), (rows,), (rows,)
+    for name, weight, shape in zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), weights, shapes, strict=False):
+        if weight.shape != shape or weight.dtype != input.dtype or weight.device != input.device:
+            check_tensor(name, weight, shape, like=input)
+    if len(weights) == 2:
+        absent = input.new_zeros(rows)
+        weights = *weights, absent, absent
+    return _layer(input, h_0, c_0, *weights, reverse)
+
+
 def _layer(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, reverse):
     tensors = input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh
     if torch.compiler.is_compiling():
         return torch.ops.rnnkernels.lstm_onednn(*tensors, reverse)
-    if not differentiable(tensors):
-        tensors = [tensor.contiguous() for tensor in tensors]
-        return onednn.forward(*tensors[:3], tensors[3:], reverse, train=False)[:3]
-    return _OneDNN.apply(*tensors, reverse)
+    return onednn.forward(*tensors, reverse)[:3]
 
 
 @torch.library.custom_op("rnnkernels::lstm_onednn", mutates_args=())
@@ -284,13 +276,14 @@ def _lstm_onednn(
     bias_hh: Tensor,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What :class:`_OneDNN` computes, for torch.compile and torch.export.
+    """oneDNN's layer for torch.compile and torch.export.
 
     They have to know the shape of all that is kept, and only oneDNN knows that of its workspace: the backward pass runs
     the forward pass again.
     """
-    tensors = [tensor.contiguous() for tensor in (input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)]
-    return onednn.forward(*tensors[:3], tensors[3:], reverse, train=False)[:3]
+    tensors = input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh
+    with torch.no_grad():
+        return onednn.forward(*tensors, reverse)[:3]
 
 
 @_lstm_onednn.register_fake
@@ -316,9 +309,8 @@ def _lstm_onednn_backward(
     bias_hh: Tensor,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors = [tensor.contiguous() for tensor in (input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)]
-    results = onednn.forward(*tensors[:3], tensors[3:], reverse, train=True)
-    return onednn.backward(grad_output, grad_h_n, grad_c_n, results, *tensors[:3], tensors[3:], reverse)
+    tensors = input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh
+    return onednn.backward(grad_output, grad_h_n, grad_c_n, *tensors, reverse)
 
 
 @_lstm_onednn_backward.register_fake

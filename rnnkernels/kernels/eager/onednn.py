@@ -17,68 +17,60 @@ _MODE = 2  # PyTorch's number for an LSTM
 _PRESENT = torch.backends.mkldnn.is_available()  # asked once, since torch.compile does not trace the question
 
 
-def available(input: Tensor, h_0: Tensor) -> bool:
-    """Whether the operator can run on these tensors."""
+def available(input: Tensor) -> bool:
+    """Whether the operator can run on this input, with a state that is not empty."""
     return (
         input.device.type == "cpu"
         and input.dtype == torch.float32
         and input.numel() > 0
-        and h_0.numel() > 0
         and _PRESENT
         and (torch.compiler.is_compiling() or torch.backends.mkldnn.enabled)
     )
 
 
 def forward(
-    input: Tensor, h_0: Tensor, c_0: Tensor, weights: list[Tensor], reverse: bool, train: bool
+    input: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor,
+    bias_hh: Tensor,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All states, the final states, and what the backward pass wants to find again."""
-    tensors = [tensor.detach() for tensor in (input, *weights, h_0.unsqueeze(0), c_0.unsqueeze(0))]
-    options = (reverse, [], _MODE, h_0.shape[1], 1, True, False, False, train)
-    with torch.set_grad_enabled(train):  # the operator keeps nothing where it sees gradients disabled
-        output, h_n, c_n, workspace = torch.ops.aten.mkldnn_rnn_layer(*tensors, *options)
-    return output, h_n.squeeze(0), c_n.squeeze(0), workspace
+    """All states, the final states, and a workspace for the backward pass where gradients are enabled.
+
+    PyTorch differentiates it as often as one likes, as long as states have two dimensions.
+    """
+    tensors = [tensor.contiguous() for tensor in (input, weight_ih, weight_hh, bias_ih, bias_hh, h_0, c_0)]
+    options = (reverse, [], _MODE, h_0.shape[1], 1, True, False, False, torch.is_grad_enabled())
+    return torch.mkldnn_rnn_layer(*tensors, *options)
 
 
 def backward(
     grad_output: Tensor,
     grad_h_n: Tensor,
     grad_c_n: Tensor,
-    results: tuple[Tensor, Tensor, Tensor, Tensor],
     input: Tensor,
     h_0: Tensor,
     c_0: Tensor,
-    weights: list[Tensor],
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor,
+    bias_hh: Tensor,
     reverse: bool,
 ) -> tuple[Tensor, ...]:
-    """Gradients of the input, both states, and the four weights."""
-    output, h_n, c_n, workspace = results
-    h_0, c_0, h_n, c_n, grad_h_n, grad_c_n = (
-        state.unsqueeze(0).contiguous() for state in (h_0, c_0, h_n, c_n, grad_h_n, grad_c_n)
-    )
+    """Gradients of the input, both states, and the four weights, where autograd can't be used. Runs forward again."""
+    tensors = input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh
+    input, h_0, c_0, *weights = (tensor.detach().contiguous() for tensor in tensors)
+    with torch.enable_grad():  # the operator keeps nothing where it sees gradients disabled
+        output, h_n, c_n, workspace = forward(input, h_0, c_0, *weights, reverse)
+    results = output, h_n, c_n, grad_output.contiguous(), grad_h_n.contiguous(), grad_c_n.contiguous()
+    options = (reverse, _MODE, h_0.shape[1], 1, True, True, False, [], False)
     grad_input, *grad_weights, grad_h_0, grad_c_0 = torch.ops.aten.mkldnn_rnn_layer_backward(
-        input,
-        *weights,
-        h_0,
-        c_0,
-        output,
-        h_n,
-        c_n,
-        grad_output.contiguous(),
-        grad_h_n,
-        grad_c_n,
-        reverse,
-        _MODE,
-        h_0.shape[2],
-        1,
-        True,
-        True,
-        False,
-        [],
-        False,
-        workspace,
+        input, *weights, h_0, c_0, *results, *options, workspace
     )
-    return grad_input, grad_h_0.squeeze(0), grad_c_0.squeeze(0), *grad_weights
+    return grad_input, grad_h_0, grad_c_0, *grad_weights
 
 
 def hold_in_padding(input: Tensor, weight_ih: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
