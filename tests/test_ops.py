@@ -2,12 +2,13 @@
 
 import functools
 import itertools
+import sys
 
 import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from parity import GATES, NAMES, arguments, assert_parity, names_of, random_lengths
+from parity import GATES, NAMES, arguments, assert_parity, exact, names_of, random_lengths, relative_error
 
 import rnnkernels as rk
 
@@ -115,6 +116,42 @@ def test_the_lstm_without_onednn_matches_the_reference(bias, reverse, order):
     tensors = arguments(9, 5, 3, 17, torch.float32, bias=bias, operator="lstm")
     with torch.backends.mkldnn.flags(enabled=False):
         assert_parity(tensors, 5e-6, "lstm", **with_lengths({"reverse": reverse}, order, 5, 9))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+@pytest.mark.parametrize("batch", [4, 5, 17])
+@pytest.mark.parametrize("longest", [1, 7, 11])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_lstm_takes_sequences_of_different_lengths_in_parts(monkeypatch, reverse, longest, batch):
+    # As it does large batches, here small ones; sequences may end together, or all before the batch does
+    module = sys.modules["rnnkernels.ops.lstm"]
+    parts, in_parts = [], module._in_parts
+    monkeypatch.setattr(module, "_ENOUGH", 0)
+    monkeypatch.setattr(module, "_in_parts", lambda *args: parts.append(args) or in_parts(*args))
+    tensors = arguments(11, batch, 3, 5, torch.float32, operator="lstm")
+    lengths = torch.randint(1, longest + 1, (batch,))
+    assert_parity(tensors, 5e-6, "lstm", reverse=reverse, lengths=lengths)
+    assert parts
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+@pytest.mark.parametrize("lengths", [None, torch.tensor([5, 2, 4])])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_onednn_is_differentiated_twice_as_the_reference_is(reverse, lengths):
+    tensors = arguments(5, 3, 2, 4, torch.float32, operator="lstm")
+    random = torch.Generator().manual_seed(1)
+
+    def twice(function, tensors):
+        results = function(*tensors, reverse=reverse, lengths=lengths)
+        cotangents = [torch.randn(r.shape, generator=random).to(r).requires_grad_() for r in results]
+        first = torch.autograd.grad(results, tensors, cotangents, create_graph=True)
+        outer = [torch.randn(g.shape, generator=random).to(g) for g in first]
+        return torch.autograd.grad(first, [*tensors, *cotangents], outer)
+
+    actual = twice(rk.ops.lstm, tensors)
+    random.manual_seed(1)
+    for value, expected in zip(actual, twice(rk.reference.lstm, [exact(t) for t in tensors]), strict=True):
+        assert relative_error(value, expected) < 5e-6
 
 
 @pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="PyTorch was built without oneDNN")

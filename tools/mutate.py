@@ -508,14 +508,18 @@ MUTATIONS = [
         ),
         (
             "onednn: gradients of the states exchanged",
-            "return grad_input, grad_h_0.squeeze(0), grad_c_0.squeeze(0)",
-            "return grad_input, grad_c_0.squeeze(0), grad_h_0.squeeze(0)",
+            "return grad_input, grad_h_0, grad_c_0, *grad_weights",
+            "return grad_input, grad_c_0, grad_h_0, *grad_weights",
         ),
         ("onednn: what the padding holds", "input.masked_fill(ended, 0)", "input"),
     ),
     *of(
         "ops/lstm.py",
         "ops",
+        ("lstm: a part starts one step late", "longest_first[:running] - start", "longest_first[:running] - start + 1"),
+        ("lstm: cell states of the parts in the wrong order", "torch.cat(final[::-1])", "torch.cat(final)"),
+        ("lstm: initial states of the parts unsorted", "h_0.index_select(0, order), c_0", "h_0, c_0"),
+        ("lstm: parts left in the order of length", "torch.cat(states).index_select(1, inverse)", "torch.cat(states)"),
         (
             "lstm: last state one step early",
             "output.gather(0, (lengths - 1).view",

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rnnkernels import reference
 from rnnkernels.kernels.eager import onednn
@@ -227,17 +228,55 @@ def _native(
     biases = tuple(absent if bias is None else bias for bias in (bias_ih, bias_hh))
     if lengths is None:
         return _layer(input, h_0, c_0, weight_ih, weight_hh, *biases, reverse)
-    input, weight_ih = onednn.hold_in_padding(input, weight_ih, lengths)
     order = None
     if reverse:
         # Every sequence starts at its own last step: read each backwards, within its length.
         order = onednn.reversed_within(lengths, input.shape[0]).unsqueeze(-1)
         input = input.gather(0, order.expand_as(input))
-    output, _, c_n = _layer(input, h_0, c_0, weight_ih, weight_hh, *biases, False)
+    weights = onednn.weight_that_holds(weight_ih), weight_hh, *biases
+    multiplications = input.shape[0] * len(lengths) * (weight_ih.numel() + weight_hh.numel())
+    in_parts = len(lengths) >= PARTS and multiplications >= _ENOUGH and not torch.compiler.is_compiling()
+    output, c_n = (_in_parts if in_parts else _at_once)(input, h_0, c_0, weights, lengths)
     h_n = output.gather(0, (lengths - 1).view(1, -1, 1).expand(1, *h_0.shape)).squeeze(0)
     if order is not None:
         output = output.gather(0, order.expand_as(output))
     return output.masked_fill(padding(lengths, output.shape[0]), 0), h_n, c_n
+
+
+def _at_once(
+    input: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor], lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """All states, anything in the padding, and the final cell states."""
+    output, _, c_n = _layer(onednn.hold_in_padding(input, lengths), h_0, c_0, *weights, False)
+    return output, c_n
+
+
+PARTS = 4
+"""Parts of time in which sequences of different lengths run, each without those that ended before it."""
+
+_ENOUGH = 1e8
+"""Multiplications from which parts pay (a CPU, 2 threads, torch 2.13)."""
+
+
+def _in_parts(
+    input: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor], lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What :func:`_at_once` computes: a part ends where a quarter of the sequences have."""
+    batch = len(lengths)
+    order = torch.argsort(lengths, descending=True, stable=True)
+    inverse, longest_first = torch.argsort(order), lengths[order]
+    ends = longest_first.tolist()
+    input, h, c = input.index_select(1, order), h_0.index_select(0, order), c_0.index_select(0, order)
+    states, final, start, running = [], [], 0, batch
+    for stop in sorted({ends[batch * part // PARTS] for part in range(PARTS)}):
+        held = onednn.hold_in_padding(input[start:stop, :running], longest_first[:running] - start)
+        output, _, c = _layer(held, h, c, *weights, False)
+        states.append(functional.pad(output, (0, 0, 0, batch - running)))
+        running = sum(end > stop for end in ends[:running])
+        final.append(c[running:])
+        h, c, start = output[-1, :running], c[:running], stop
+    states.append(input.new_zeros(len(input) - start, batch, h_0.shape[1]))
+    return torch.cat(states).index_select(1, inverse), torch.cat(final[::-1]).index_select(0, inverse)
 
 
 def run_onednn(

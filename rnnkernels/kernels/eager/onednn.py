@@ -73,15 +73,19 @@ def backward(
     return grad_input, grad_h_0, grad_c_0, *grad_weights
 
 
-def hold_in_padding(input: Tensor, weight_ih: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """The input and its weights with the feature that holds the cell state in the padding."""
+def hold_in_padding(input: Tensor, lengths: Tensor) -> Tensor:
+    """The input, zero in the padding, with the feature that holds the cell state there."""
     ended = padding(lengths, input.shape[0])
+    return torch.cat([input.masked_fill(ended, 0), ended.to(input.dtype)], -1)
+
+
+def weight_that_holds(weight_ih: Tensor) -> Tensor:
+    """The input's weights, with those of the feature that :func:`hold_in_padding` adds."""
     hidden_size = weight_ih.shape[0] // 4
     column = torch.zeros_like(weight_ih[:, :1])
     column[:hidden_size] = -_SHUT
     column[hidden_size : 2 * hidden_size] = _SHUT
-    input = torch.cat([input.masked_fill(ended, 0), ended.to(input.dtype)], -1)
-    return input, torch.cat([weight_ih, column], -1)
+    return torch.cat([weight_ih, column], -1)
 
 
 def reversed_within(lengths: Tensor, sequence_length: int) -> Tensor:
