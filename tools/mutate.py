@@ -493,6 +493,15 @@ MUTATIONS = [
         ),
     ),
     *of(
+        "kernels/eager/variable_length.py",
+        "ops",
+        (
+            "lengths: read backwards off by one",
+            "torch.where(steps < lengths, lengths - 1 - steps, steps)",
+            "torch.where(steps < lengths - 1, lengths - 1 - steps, steps)",
+        ),
+    ),
+    *of(
         "kernels/eager/onednn.py",
         "ops",
         ("onednn: input gate open in the padding", "column[:hidden_size] = -_SHUT", "column[:hidden_size] = 0"),
@@ -500,11 +509,6 @@ MUTATIONS = [
             "onednn: forget gate shut in the padding",
             "column[hidden_size : 2 * hidden_size] = _SHUT",
             "column[hidden_size : 2 * hidden_size] = 0",
-        ),
-        (
-            "onednn: read backwards off by one",
-            "torch.where(steps < lengths, lengths - 1 - steps, steps)",
-            "torch.where(steps < lengths - 1, lengths - 1 - steps, steps)",
         ),
         (
             "onednn: gradients of the states exchanged",

@@ -116,15 +116,21 @@ class SequenceModule(torch.nn.Module):
 
     def _forward_packed(self, input: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        padded, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
         states = self._states(hx, 3)
         if states is not None and sorted_indices is not None:
             states = tuple(state.index_select(1, sorted_indices) for state in states)
-        output, final = self._run(padded, states, lengths, None)
-        output = pack_padded_sequence(output, lengths).data
+        output, final = self._run_packed(data, batch_sizes, states)
         if unsorted_indices is not None:
             final = tuple(state.index_select(1, unsorted_indices) for state in final)
         return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), self._returned(final)
+
+    def _run_packed(
+        self, data: Tensor, batch_sizes: Tensor, states: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Run all layers over the rows of a packed batch, sorted by length."""
+        padded, lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
+        output, final = self._run(padded, states, lengths, None)
+        return pack_padded_sequence(output, lengths).data, final
 
     def _state_sizes(self) -> tuple[int, ...]:
         """Features of each state."""
@@ -323,6 +329,23 @@ class Recurrent(SequenceModule, torch.nn.RNNBase):
         options = (weights, self.bias, self.num_layers, 0.0, self.training, self.bidirectional, False)
         output, *final = self._native_operator()(input, states if len(states) > 1 else states[0], *options)
         return output, tuple(final)
+
+    _native_packed: ClassVar[bool] = True
+    """Whether PyTorch's own operator serves best for a packed batch where no gradient is wanted."""
+
+    def _run_packed(
+        self, data: Tensor, batch_sizes: Tensor, states: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if self._native_packed and self._native_steps and self._native_may_serve(data):
+            weights = [self._parameter(name) for name in self._flat_weights_names]
+            if not differentiable((data, *(states or ()), *weights)):
+                like_a_step = data[: int(batch_sizes[0])].unsqueeze(0)
+                self._check(like_a_step, states, None)
+                (hx,) = self._zeros(like_a_step) if states is None else states
+                options = (weights, self.bias, self.num_layers, 0.0, self.training, self.bidirectional)
+                output, h_n = self._native_operator()(data, batch_sizes, hx, *options)
+                return output, (h_n,)
+        return super()._run_packed(data, batch_sizes, states)
 
     def _native_operator(self):
         """PyTorch's operator for this cell."""
@@ -778,6 +801,7 @@ class LSTM(Recurrent):
 
     _native_steps: ClassVar[float] = float("inf")
     _native_steps_training: ClassVar[float] = 0
+    _native_packed: ClassVar[bool] = False
 
     def _native_is_faster(self, input: Tensor, states: tuple[Tensor, ...] | None, weights: list[Tensor]) -> bool:
         # What the operator would do for a plain layer, without its checks.

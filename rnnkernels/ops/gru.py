@@ -8,6 +8,7 @@ from rnnkernels.kernels.eager import gru as eager
 from rnnkernels.kernels.eager.packing import packing
 from rnnkernels.kernels.eager.packing import recurrent_weight_gradient as eager_weight_gradient
 from rnnkernels.kernels.eager.products import ENOUGH_COLUMNS, by_onednn, linear
+from rnnkernels.kernels.eager.variable_length import reversed_within
 from rnnkernels.ops._checks import Arguments, check_recurrent, differentiable
 from rnnkernels.ops._general import Options, check_options, run
 from rnnkernels.ops._sequence import (
@@ -121,8 +122,10 @@ def gru(
         return _with_options(arguments, options, reverse=reverse, reset_after=reset_after)
     del tensors["norm_ih"], tensors["norm_hh"]
     wanted = differentiable(tensors.values())
-    if arguments.backend == "eager" and lengths is None and not wanted and not by_onednn(h_0, weight_hh):
-        return _native_forward(**tensors, reverse=reverse)
+    if arguments.backend == "eager" and not wanted:
+        packs = lengths is not None and input.numel() and not torch.compiler.is_compiling()
+        if packs or (lengths is None and not by_onednn(h_0, weight_hh)):
+            return _native_forward(**tensors, lengths=arguments.lengths, reverse=reverse)
     output, h_n, _ = torch.ops.rnnkernels.gru(*tensors.values(), arguments.lengths, reverse, arguments.backend)
     return output, h_n
 
@@ -153,6 +156,7 @@ def _native_forward(
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
     *,
+    lengths: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """PyTorch's own forward pass, the faster one where no gradient is wanted and nothing has to be kept."""
@@ -160,9 +164,21 @@ def _native_forward(
         absent = weight_ih.new_zeros(weight_ih.shape[0])
         bias_ih, bias_hh = (absent if bias is None else bias for bias in (bias_ih, bias_hh))
     weights = [weight_ih, weight_hh] if bias_ih is None else [weight_ih, weight_hh, bias_ih, bias_hh]
-    input = input.flip(0) if reverse else input
-    output, h_n = torch.gru(input, h_0.unsqueeze(0), weights, bias_ih is not None, 1, 0.0, False, False, False)
-    return output.flip(0) if reverse else output, h_n.squeeze(0)
+    options = weights, bias_ih is not None, 1, 0.0, False, False
+    if lengths is None:
+        input = input.flip(0) if reverse else input
+        output, h_n = torch.gru(input, h_0.unsqueeze(0), *options, False)
+        return output.flip(0) if reverse else output, h_n.squeeze(0)
+    if reverse:
+        order = reversed_within(lengths, len(input)).unsqueeze(-1)
+        input = input.gather(0, order.expand_as(input))
+    rows = packing(lengths, *input.shape[:2])
+    counts = torch.tensor([count for count in rows.counts if count])
+    output, h_n = torch.gru(rows.packed(input), counts, rows.sorted(h_0).unsqueeze(0), *options)
+    output = rows.padded(output)
+    if reverse:
+        output = output.gather(0, order.expand_as(output))
+    return output, rows.unsorted(h_n.squeeze(0))
 
 
 @torch.library.custom_op("rnnkernels::gru", mutates_args=())

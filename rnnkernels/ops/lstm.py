@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from rnnkernels import reference
 from rnnkernels.kernels.eager import onednn
-from rnnkernels.kernels.eager.variable_length import padding
+from rnnkernels.kernels.eager.variable_length import padding, reversed_within
 from rnnkernels.ops._checks import Arguments, check_recurrent, check_tensor, differentiable
 from rnnkernels.ops._general import Options, check_options, run
 from rnnkernels.ops._sequence import (
@@ -231,7 +231,7 @@ def _native(
     order = None
     if reverse:
         # Every sequence starts at its own last step: read each backwards, within its length.
-        order = onednn.reversed_within(lengths, input.shape[0]).unsqueeze(-1)
+        order = reversed_within(lengths, input.shape[0]).unsqueeze(-1)
         input = input.gather(0, order.expand_as(input))
     weights = onednn.weight_that_holds(weight_ih), weight_hh, *biases
     multiplications = input.shape[0] * len(lengths) * (weight_ih.numel() + weight_hh.numel())

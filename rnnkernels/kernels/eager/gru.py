@@ -28,7 +28,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Activate ``gates``, which hold the projected input, in place; return the states and the final state."""
     hidden_size = weight_hh.shape[1]
-    product = Recurrent(_rolled(weight_hh), len(h_0))
+    product = Recurrent(_rolled(weight_hh), len(gates) / len(counts))
     gates[:, :hidden_size] = 0 if bias_hh is None else bias_hh[2 * hidden_size :]
     states = gates.new_empty(len(gates), hidden_size)
     sums, two_gates = gates[:, : 3 * hidden_size], gates[:, hidden_size : 3 * hidden_size]
@@ -75,7 +75,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the four parts of ``gates`` before their activations, and of the initial state."""
     hidden_size = weight_hh.shape[1]
-    product = Recurrent(_rolled(weight_hh).t(), len(h_0))
+    product = Recurrent(_rolled(weight_hh).t(), len(gates) / len(counts))
     grad_gates = torch.empty_like(gates)
     parts, slopes = (tensor.unflatten(-1, (4, hidden_size)) for tensor in (gates, grad_gates))
     arriving, after, slope = grad_states.split(counts), states.split(counts), slopes.split(counts)

@@ -86,9 +86,3 @@ def weight_that_holds(weight_ih: Tensor) -> Tensor:
     column[:hidden_size] = -_SHUT
     column[hidden_size : 2 * hidden_size] = _SHUT
     return torch.cat([weight_ih, column], -1)
-
-
-def reversed_within(lengths: Tensor, sequence_length: int) -> Tensor:
-    """For each step, the step that takes its place when every sequence is read backwards: (sequence_length, batch)."""
-    steps = torch.arange(sequence_length, device=lengths.device).unsqueeze(1)
-    return torch.where(steps < lengths, lengths - 1 - steps, steps)

@@ -31,7 +31,7 @@ def _onednn_is_faster() -> bool:
     return "AuthenticAMD" in description
 
 
-def _by_onednn(rows: int, inner: int, columns: int, operand: Tensor) -> bool:
+def _by_onednn(rows: float, inner: int, columns: int, operand: Tensor) -> bool:
     return (
         rows * inner * columns >= _ENOUGH
         and operand.dtype == torch.float32
@@ -65,10 +65,13 @@ def by_onednn(state: Tensor, weight: Tensor) -> bool:
 
 
 class Recurrent:
-    """The product of every step's state with the same matrix: ``addend + state weight^T``."""
+    """The product of every step's state with the same matrix: ``addend + state weight^T``.
 
-    def __init__(self, weight: Tensor, batch: int):
-        self.by_onednn = _by_onednn(batch, weight.shape[1], weight.shape[0], weight)
+    ``rows`` is how many a state has, in the mean over the steps.
+    """
+
+    def __init__(self, weight: Tensor, rows: float):
+        self.by_onednn = _by_onednn(rows, weight.shape[1], weight.shape[0], weight)
         self.weight = weight.contiguous() if self.by_onednn else weight
         self.weight_t = weight.t()
 

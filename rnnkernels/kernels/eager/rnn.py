@@ -39,7 +39,7 @@ def forward(
 ) -> Tensor:
     """Turn the projected input that ``states`` holds into the states, in place, and return the final state."""
     activate = ACTIVATE[nonlinearity]
-    product = Recurrent(weight_hh, len(h_0))
+    product = Recurrent(weight_hh, len(states) / len(counts))
     h_n = torch.empty_like(h_0, memory_format=torch.contiguous_format)
     steps = states.split(counts)
     hidden, count = h_0[:0], -1
@@ -62,7 +62,7 @@ def backward(
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the projected input and of the initial state."""
-    product = Recurrent(weight_hh.t(), len(grad_h_n))
+    product = Recurrent(weight_hh.t(), len(states) / len(counts))
     grad_projected = derivative(nonlinearity, states)
     grad_h_0 = torch.empty_like(grad_h_n, memory_format=torch.contiguous_format)
     buffer = torch.empty_like(grad_h_0)

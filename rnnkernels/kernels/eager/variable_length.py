@@ -10,6 +10,12 @@ def padding(lengths: Tensor, sequence_length: int) -> Tensor:
     return (lengths <= steps).unsqueeze(-1)
 
 
+def reversed_within(lengths: Tensor, sequence_length: int) -> Tensor:
+    """For each step, the step that takes its place when every sequence is read backwards: (sequence_length, batch)."""
+    steps = torch.arange(sequence_length, device=lengths.device).unsqueeze(1)
+    return torch.where(steps < lengths, lengths - 1 - steps, steps)
+
+
 def before(sequence: Tensor, initial: Tensor, lengths: Tensor | None, reverse: bool, steps: slice) -> Tensor:
     """The state before each of some steps, from the states after all steps. A view where that will do."""
     start, stop = steps.start, steps.stop
