@@ -195,13 +195,15 @@ def test_first_and_second_gradients_of_a_graph_are_the_references(dtype, options
 @pytest.mark.parametrize("biases", [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_without_gradients_the_results_are_the_same(operator, dtype, biases, reverse):
+@pytest.mark.parametrize("lengths", [None, (6, 2, 5), (1, 3, 4)], ids=str)
+def test_without_gradients_the_results_are_the_same(operator, lengths, dtype, biases, reverse):
     tensors = arguments(6, 3, 4, 5, dtype, operator=operator)
     tensors[-2:] = [bias if kept else None for bias, kept in zip(tensors[-2:], biases, strict=True)]
+    options = {"reverse": reverse, "lengths": lengths and torch.tensor(lengths)}
     with torch.no_grad():
-        actual = getattr(rk.ops, operator)(*tensors, reverse=reverse)
+        actual = getattr(rk.ops, operator)(*tensors, **options)
     assert not actual[0].requires_grad
-    torch.testing.assert_close(actual, getattr(rk.reference, operator)(*tensors, reverse=reverse))
+    torch.testing.assert_close(actual, getattr(rk.reference, operator)(*tensors, **options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

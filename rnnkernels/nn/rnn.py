@@ -190,6 +190,9 @@ class Recurrent(SequenceModule, torch.nn.RNNBase):
         grad_clip: float | None = None,
         **kwargs,
     ) -> None:
+        if "proj_size" in kwargs:  # the LSTM has it by position
+            came = kwargs["proj_size"]
+            raise ValueError(f"proj_size: expected no such argument, as only the LSTM projects its state, got {came!r}")
         self.recurrent_dropout = check_probability("recurrent_dropout", recurrent_dropout)
         self.zoneout = check_probability("zoneout", zoneout)
         self.weight_dropout = check_probability("weight_dropout", weight_dropout)
@@ -483,6 +486,7 @@ class RNN(Recurrent):
         layer_norm: bool = False,
         weight_dropout: float = 0.0,
         grad_clip: float | None = None,
+        **unknown,
     ) -> None:
         check_choice("nonlinearity", nonlinearity, ops.NONLINEARITIES)
         self.nonlinearity = nonlinearity
@@ -504,6 +508,7 @@ class RNN(Recurrent):
             layer_norm=layer_norm,
             weight_dropout=weight_dropout,
             grad_clip=grad_clip,
+            **unknown,
         )
 
     _options: ClassVar[dict[str, object]] = {"nonlinearity": "tanh", **Recurrent._options}
@@ -619,6 +624,7 @@ class GRU(Recurrent):
         layer_norm: bool = False,
         weight_dropout: float = 0.0,
         grad_clip: float | None = None,
+        **unknown,
     ) -> None:
         self.reset_after = reset_after
         super().__init__(
@@ -637,6 +643,7 @@ class GRU(Recurrent):
             layer_norm=layer_norm,
             weight_dropout=weight_dropout,
             grad_clip=grad_clip,
+            **unknown,
         )
 
     _options: ClassVar[dict[str, object]] = {"reset_after": True, **Recurrent._options}
