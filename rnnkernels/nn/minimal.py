@@ -4,29 +4,19 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from rnnkernels import ops
 from rnnkernels._backend import autocast_dtype
 from rnnkernels.nn.rnn import SequenceModule, _Seeds, _seen_from_behind
 from rnnkernels.ops._checks import check_choice, check_probability
-
-
-def positive(input: Tensor) -> Tensor:
-    r"""A positive, continuous and increasing function: $x + 1/2$ where $x \ge 0$, else $\sigma(x)$."""
-    above = torch.relu(input)
-    return above + torch.sigmoid(input - above)  # torch.where would take twice as long on a CPU
-
-
-NONLINEARITIES = {"positive": positive, "identity": lambda input: input, "tanh": torch.tanh}
-"""The functions $g$ of the candidate state, by the name that ``nonlinearity=`` takes."""
+from rnnkernels.ops.minimal import NONLINEARITIES, PARTS, minimal
 
 
 class Minimal(SequenceModule):
     """What the minimal recurrent layers share. Not for direct use."""
 
-    parts: ClassVar[int]
-    """How many rows of the weights a hidden unit has."""
+    kind: ClassVar[str]
+    """Which of them it is."""
 
     def __init__(
         self,
@@ -57,7 +47,7 @@ class Minimal(SequenceModule):
         self.dropout = check_probability("dropout", dropout)
         self.bidirectional = bidirectional
         self.nonlinearity = nonlinearity
-        rows = self.parts * hidden_size
+        rows = PARTS[self.kind] * hidden_size
         for layer in range(num_layers):
             size = input_size if layer == 0 else hidden_size * len(self._suffixes())
             for suffix in self._suffixes():
@@ -98,7 +88,7 @@ class Minimal(SequenceModule):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         self._check(input, states, reset)
         dtype = autocast_dtype(input.device) or input.dtype
-        # Gates near one need float32: bfloat16 has no number between 0.996 and 1.
+        # The state is accumulated in float32: bfloat16 has no number between 0.996 and 1.
         wide = torch.promote_types(dtype, torch.float32)
         initial = [None] * (self.num_layers * len(self._suffixes())) if states is None else states[0].to(wide).unbind(0)
         seeds = _Seeds() if self.training and self.dropout and self.num_layers > 1 else None
@@ -109,34 +99,24 @@ class Minimal(SequenceModule):
             for suffix in self._suffixes():
                 weight = getattr(self, f"weight_ih_l{layer}{suffix}")
                 bias = getattr(self, f"bias_ih_l{layer}{suffix}") if self.bias else None
-                decay, added = self._step_maps(functional.linear(output, weight, bias).to(wide))
-                sequence, last = self._scan(decay, added, initial[len(final)], suffix == "_reverse", lengths, reset)
+                reverse = suffix == "_reverse"
+                sequence, last = minimal(
+                    output,
+                    weight,
+                    bias,
+                    initial[len(final)],
+                    kind=self.kind,
+                    nonlinearity=self.nonlinearity,
+                    reverse=reverse,
+                    lengths=lengths,
+                    reset=_seen_from_behind(reset) if reverse and reset is not None else reset,
+                )
                 directions.append(sequence.to(dtype))
                 final.append(last.to(dtype))
             output = torch.cat(directions, dim=-1) if len(directions) > 1 else directions[0]
             if seeds is not None and layer < self.num_layers - 1:
                 output = ops.dropout(output, self.dropout, seed=seeds.next())
         return output, (torch.stack(final),)
-
-    @staticmethod
-    def _scan(
-        decay: Tensor,
-        added: Tensor,
-        h_0: Tensor | None,
-        reverse: bool,
-        lengths: Tensor | None,
-        reset: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        if len(decay) == 1 and lengths is None and reset is None:  # as when a model generates, step by step
-            state = added[0] if h_0 is None else torch.addcmul(added[0], decay[0], h_0)
-            return state.unsqueeze(0), state
-        if reverse and reset is not None:
-            reset = _seen_from_behind(reset)
-        return ops.linear_scan(decay, added, h_0, reverse=reverse, lengths=lengths, reset=reset)
-
-    def _step_maps(self, projected: Tensor) -> tuple[Tensor, Tensor]:
-        """What each step multiplies the state by, and what it adds to it."""
-        raise NotImplementedError
 
 
 class MinGRU(Minimal):
@@ -216,12 +196,7 @@ class MinGRU(Minimal):
     True
     """
 
-    parts = 2
-
-    def _step_maps(self, projected: Tensor) -> tuple[Tensor, Tensor]:
-        gate, candidate = projected.chunk(2, dim=-1)
-        # sigmoid(-x) is 1 - sigmoid(x) without cancellation.
-        return torch.sigmoid(-gate), torch.sigmoid(gate) * NONLINEARITIES[self.nonlinearity](candidate)
+    kind = "MinGRU"
 
 
 class MinLSTM(Minimal):
@@ -271,9 +246,4 @@ class MinLSTM(Minimal):
     (torch.Size([50, 3, 20]), torch.Size([1, 3, 20]), True)
     """
 
-    parts = 3
-
-    def _step_maps(self, projected: Tensor) -> tuple[Tensor, Tensor]:
-        forget, input, candidate = projected.chunk(3, dim=-1)
-        balance = functional.logsigmoid(forget) - functional.logsigmoid(input)
-        return torch.sigmoid(balance), torch.sigmoid(-balance) * NONLINEARITIES[self.nonlinearity](candidate)
+    kind = "MinLSTM"

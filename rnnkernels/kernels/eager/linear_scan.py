@@ -7,9 +7,13 @@ are those of decays that follow each other, which shrink where the decays are at
 import torch
 from torch import Tensor
 
-from rnnkernels.kernels.eager.variable_length import padding
+from rnnkernels.kernels.eager.memory import empty
+from rnnkernels.kernels.eager.variable_length import before, blocks, padding
 
-CHUNKED_BELOW = 4096
+IN_CACHE = 2**20
+"""Elements of each tensor that are worked on at once, so that they are read from memory and written to it once."""
+
+CHUNKED_BELOW = 8192
 """Elements in a step (batch * hidden_size) below which chunks of time run together: a step alone would then cost more
 to launch than to compute. Measured on one thread, in float32; ``benchmarks/scan.py`` repeats the measurement."""
 
@@ -21,17 +25,20 @@ def forward(
     decay: Tensor, input: Tensor, h_0: Tensor, lengths: Tensor | None, reset: Tensor | None, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """States at every step, zero in padding, and the final state."""
-    output = torch.empty(input.shape, dtype=_accumulator(input), device=input.device)
-    if output.numel() == 0:
-        return output.to(input.dtype), h_0.clone()
-    decay = _effective(decay, lengths, reset).to(output.dtype)
+    output = empty(input.shape, input.dtype, input.device)
+    dtype = _accumulator(input)
     past_end = None if lengths is None else padding(lengths, len(input))
-    added = input.to(output.dtype) if past_end is None else input.to(output.dtype).masked_fill(past_end, 0)
-    scan(decay, added, h_0.to(output.dtype), output, reverse)
-    h_n = output[0 if reverse else -1].clone()
-    if past_end is not None:
-        output.masked_fill_(past_end, 0)
-    return output.to(input.dtype), h_n.to(input.dtype)
+    state = h_0.to(dtype)
+    for steps in parts(input.shape, reverse):
+        states = output[steps].to(dtype)
+        scan(*_effective(decay, input, past_end, reset, steps, dtype), state, states, reverse)
+        state = states[0 if reverse else -1]
+        if past_end is not None:
+            state = state.clone()
+            states.masked_fill_(past_end[steps], 0)
+        if dtype != output.dtype:
+            output[steps] = states
+    return output, state.to(input.dtype, copy=True)
 
 
 def backward(
@@ -45,31 +52,44 @@ def backward(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the decays, of the input and of the initial state."""
-    dtype = output.dtype
-    if output.numel() == 0:
-        return torch.empty_like(decay), torch.empty_like(output), grad_h_n.clone()
-    effective = _effective(decay, lengths, reset).to(_accumulator(output))
+    grad_decay, grad_input = (empty(output.shape, output.dtype, output.device) for _ in range(2))
+    dtype = _accumulator(output)
     past_end = None if lengths is None else padding(lengths, len(output))
-    added = grad_output.to(effective.dtype)
-    added = added if past_end is None else added.masked_fill(past_end, 0)
-    # The gradient of a state is the same recurrence, from the last step to the first, each decay one step earlier.
-    gradient = torch.empty_like(effective, memory_format=torch.contiguous_format)
+    carried = grad_h_n.to(dtype)
+    for steps in parts(output.shape, not reverse):
+        gradient = grad_input[steps].to(dtype)
+        a, added = _effective(decay, grad_output, past_end, reset, steps, dtype)
+        carried = scan_backward(a, added, carried, gradient, reverse)
+        torch.mul(gradient, before(output, h_0, lengths, reverse, steps), out=grad_decay[steps])
+        if past_end is not None:
+            gradient.masked_fill_(past_end[steps], 0)
+            grad_decay[steps].masked_fill_(past_end[steps], 0)
+        if reset is not None:
+            grad_decay[steps].masked_fill_(reset[steps].unsqueeze(-1), 0)
+        if dtype != output.dtype:
+            grad_input[steps] = gradient
+    return grad_decay, grad_input, carried.to(output.dtype, copy=True)
+
+
+def parts(shape: torch.Size, reverse: bool) -> list[slice]:
+    """The steps of a sequence in parts that a cache holds, in the order in which they are taken."""
+    sequence_length, batch, hidden_size = shape
+    if batch * hidden_size == 0:
+        return []
+    return blocks([batch] * sequence_length, hidden_size, not reverse, IN_CACHE)
+
+
+def scan_backward(decay: Tensor, added: Tensor, carried: Tensor, gradient: Tensor, reverse: bool) -> Tensor:
+    """Fill ``gradient`` with those of the states, and return what reaches the state before the first step.
+
+    ``added`` is what each state receives from its own output, ``carried`` what the last one receives from later steps.
+    It is the same recurrence, from the last step to the first, each decay one step late.
+    """
     last, first = (0, -1) if reverse else (-1, 0)
-    torch.add(added[last], grad_h_n, out=gradient[last])
+    torch.add(added[last], carried, out=gradient[last])
     followers, others = (slice(None, -1), slice(1, None)) if reverse else (slice(1, None), slice(None, -1))
-    scan(effective[followers], added[others], gradient[last], gradient[others], not reverse)
-    grad_h_0 = effective[first] * gradient[first]
-    if lengths is None:
-        grad_decay = torch.empty_like(gradient)
-        torch.mul(gradient[followers], output[others], out=grad_decay[followers])
-        torch.mul(gradient[first], h_0, out=grad_decay[first])
-    else:
-        grad_decay = gradient * states_before(output, h_0, lengths, reverse)
-        gradient.masked_fill_(past_end, 0)
-        grad_decay.masked_fill_(past_end, 0)
-    if reset is not None:
-        grad_decay.masked_fill_(reset.unsqueeze(-1), 0)
-    return grad_decay.to(dtype), gradient.to(dtype), grad_h_0.to(dtype)
+    scan(decay[followers], added[others], gradient[last], gradient[others], not reverse)
+    return decay[first] * gradient[first]
 
 
 def scan(decay: Tensor, input: Tensor, initial: Tensor, output: Tensor, reverse: bool) -> None:
@@ -135,8 +155,18 @@ def _accumulator(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _effective(decay: Tensor, lengths: Tensor | None, reset: Tensor | None) -> Tensor:
-    """The decays with zero where a new sequence begins, and one where the state stands still."""
+def _effective(
+    decay: Tensor,
+    added: Tensor,
+    past_end: Tensor | None,
+    reset: Tensor | None,
+    steps: slice,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Decays, zero where a new sequence begins, and what is added: one and zero where the state stands still."""
+    decay, added = decay[steps].to(dtype), added[steps].to(dtype)
     if reset is not None:
-        decay = decay.masked_fill(reset.unsqueeze(-1), 0)
-    return decay if lengths is None else decay.masked_fill(padding(lengths, len(decay)), 1)
+        decay = decay.masked_fill(reset[steps].unsqueeze(-1), 0)
+    if past_end is not None:
+        decay, added = decay.masked_fill(past_end[steps], 1), added.masked_fill(past_end[steps], 0)
+    return decay, added
