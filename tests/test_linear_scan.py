@@ -183,6 +183,15 @@ def test_chunks_and_steps_in_turn_agree(monkeypatch):
             torch.testing.assert_close(chunked, rk.ops.linear_scan(*tensors, reverse=reverse), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("elements", [1, 45, 800])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 6e-3)])
+def test_parts_that_a_cache_holds_join(monkeypatch, dtype, tolerance, elements, options):
+    # Parts of one step, of three, and of as many as chunks take; the last is shorter than the others.
+    monkeypatch.setattr(eager, "IN_CACHE", elements)
+    assert_parity(arguments(130, 3, 5, dtype), tolerance, **random_options(130, 3, **options))
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_padded_sequence_is_its_shorter_self(reverse):
     decay, input, h_0 = arguments(70, 3, 4, torch.float64)

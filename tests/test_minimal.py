@@ -1,6 +1,7 @@
 """MinGRU and MinLSTM, held to the paper's equations in NumPy."""
 
 import copy
+import functools
 import pickle
 
 import numpy as np
@@ -10,6 +11,8 @@ from parity import random_lengths, relative_error
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnnkernels as rk
+from rnnkernels.kernels.eager import linear_scan
+from rnnkernels.ops import minimal
 
 KINDS = ("MinGRU", "MinLSTM")
 NONLINEARITIES = ("positive", "identity", "tanh")
@@ -161,6 +164,109 @@ def test_gradients_by_finite_differences(kind, configuration):
     torch.autograd.gradcheck(function, (x, h_0, *module.parameters()))
 
 
+@pytest.fixture
+def fused(monkeypatch):
+    """Let the operator that long sequences take run whatever the length."""
+    monkeypatch.setattr(minimal, "FUSED_FROM", 0)
+
+
+def both_ways(kind, nonlinearity, reverse, dtype, size=(150, 3, 2, 5)):
+    """Results and gradients of a layer by the operator of one part at a time, and composed of others in float64."""
+    sequence_length, batch, input_size, hidden_size = size
+    module = make(kind, input_size, hidden_size, nonlinearity=nonlinearity)
+    x, h_0 = torch.randn(size[:3]).double(), torch.randn(batch, hidden_size).double()
+    tensors = [tensor.detach().to(dtype) for tensor in (x, *module.parameters(), h_0)]
+    cotangents = torch.randn(sequence_length, batch, hidden_size).to(dtype), torch.randn(batch, hidden_size).to(dtype)
+    outcomes = []
+    for function, kept in ((minimal.minimal, dtype), (minimal._composed, torch.float64)):
+        leaves = [tensor.to(kept).requires_grad_() for tensor in tensors]
+        results = function(*leaves, kind=kind, nonlinearity=nonlinearity, reverse=reverse)
+        gradients = torch.autograd.grad(results, leaves, [cotangent.to(kept) for cotangent in cotangents])
+        outcomes.append([tensor.detach() for tensor in (*results, *gradients)])
+    return outcomes
+
+
+@pytest.mark.parametrize("elements", [1, 45, 2**20])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_part_at_a_time_gives_the_same(monkeypatch, fused, kind, nonlinearity, reverse, elements):
+    monkeypatch.setattr(linear_scan, "IN_CACHE", elements)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
+        for actual, expected in zip(*both_ways(kind, nonlinearity, reverse, dtype), strict=True):
+            assert actual.dtype == dtype
+            assert relative_error(actual, expected) <= tolerance
+
+
+@pytest.mark.parametrize("size", [(2, 1, 1, 1), (3, 17, 1, 3), (129, 1, 17, 1)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_part_at_a_time_takes_any_size(fused, kind, size):
+    for actual, expected in zip(*both_ways(kind, "positive", False, torch.float64, size), strict=True):
+        assert relative_error(actual, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_and_second_gradients_by_finite_differences(fused, kind, nonlinearity, reverse):
+    rows = 2 * len(("z", "h") if kind == "MinGRU" else ("f", "i", "h"))
+    tensors = [torch.randn(shape).double().requires_grad_() for shape in ((4, 2, 3), (rows, 3), (rows,), (2, 2))]
+    function = functools.partial(minimal.minimal, kind=kind, nonlinearity=nonlinearity, reverse=reverse)
+    torch.autograd.gradcheck(function, tensors)
+    torch.autograd.gradgradcheck(function, tensors)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_opcheck(kind):
+    rows = 5 * (2 if kind == "MinGRU" else 3)
+    tensors = [torch.randn(shape, requires_grad=True) for shape in ((40, 3, 4), (rows, 4), (rows,), (3, 5))]
+    torch.library.opcheck(torch.ops.rnnkernels.minimal.default, (*tensors, kind, "tanh", True))
+    x, weight, _, h_0 = (tensor.detach() for tensor in tensors)
+    saved = torch.randn(40, 3, 5), torch.randn(40, 3, rows), x, weight, h_0
+    for needs in ([True, True, True], [False, True, False]):
+        arguments = torch.randn(40, 3, 5), torch.randn(3, 5), *saved, kind, "tanh", True, needs
+        torch.library.opcheck(torch.ops.rnnkernels.minimal_backward.default, arguments)
+
+
+@pytest.mark.parametrize("wanted", range(4))
+def test_each_gradient_can_be_asked_for_alone(fused, wanted):
+    tensors = [torch.randn(shape) for shape in ((40, 3, 4), (10, 4), (10,), (3, 5))]
+    options = {"kind": "MinGRU", "nonlinearity": "positive"}
+    every = [tensor.clone().requires_grad_() for tensor in tensors]
+    alone = [tensor.clone().requires_grad_(i == wanted) for i, tensor in enumerate(tensors)]
+    for leaves in (every, alone):
+        minimal.minimal(*leaves, **options)[0].square().sum().backward()
+    assert torch.equal(alone[wanted].grad, every[wanted].grad)
+    assert all(leaf.grad is None for i, leaf in enumerate(alone) if i != wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bound_decides_which_way_is_taken(monkeypatch, kind):
+    ways = []
+    monkeypatch.setattr(minimal, "_composed", lambda *_, **__: ways.append("composed") or (torch.zeros(1),) * 2)
+    monkeypatch.setattr(minimal, "FUSED_FROM", 60)
+    module = make(kind, 3, 4, dtype=torch.float32)
+    x = torch.randn(5, 3, 3)
+    module(x)
+    assert ways == []
+    module(x, lengths=torch.tensor([5, 2, 1]))
+    module(x[:4])
+    assert len(ways) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_bits_again_and_nothing_in_nothing_out(fused, kind):
+    module = make(kind, 3, 4, dtype=torch.float32)
+    x = torch.randn(300, 5, 3)
+    runs = []
+    for _ in range(2):
+        output, _ = module(x)
+        runs.append((output, *torch.autograd.grad(output.square().sum(), list(module.parameters()))))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    output, h_n = module(x[:, :0])
+    assert (output.shape, h_n.shape) == ((300, 0, 4), (1, 0, 4))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_directions_are_two_modules(kind):
     both = make(kind, 3, 4, bidirectional=True)
@@ -222,7 +328,9 @@ def test_it_survives_what_modules_go_through(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiles_without_graph_breaks(kind):
+@pytest.mark.parametrize("bound", [0, 2**22])
+def test_compiles_without_graph_breaks(monkeypatch, kind, bound):
+    monkeypatch.setattr(minimal, "FUSED_FROM", bound)
     module = make(kind, 3, 4, num_layers=2, dtype=torch.float32)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for steps in (40, 1):

@@ -18,6 +18,9 @@ class Minimal(SequenceModule):
     kind: ClassVar[str]
     """Which of them it is."""
 
+    parts: ClassVar[int]
+    """How many rows of the weights a hidden unit has."""
+
     def __init__(
         self,
         input_size: int,
@@ -47,7 +50,7 @@ class Minimal(SequenceModule):
         self.dropout = check_probability("dropout", dropout)
         self.bidirectional = bidirectional
         self.nonlinearity = nonlinearity
-        rows = PARTS[self.kind] * hidden_size
+        rows = self.parts * hidden_size
         for layer in range(num_layers):
             size = input_size if layer == 0 else hidden_size * len(self._suffixes())
             for suffix in self._suffixes():
@@ -196,7 +199,7 @@ class MinGRU(Minimal):
     True
     """
 
-    kind = "MinGRU"
+    kind, parts = "MinGRU", PARTS["MinGRU"]
 
 
 class MinLSTM(Minimal):
@@ -246,4 +249,4 @@ class MinLSTM(Minimal):
     (torch.Size([50, 3, 20]), torch.Size([1, 3, 20]), True)
     """
 
-    kind = "MinLSTM"
+    kind, parts = "MinLSTM", PARTS["MinLSTM"]

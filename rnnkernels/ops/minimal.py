@@ -14,6 +14,10 @@ from rnnkernels.ops.linear_scan import linear_scan
 
 __all__ = ["NONLINEARITIES", "PARTS", "minimal"]
 
+FUSED_FROM = 2**22
+"""States from which it takes less time on a CPU to find gates again than to keep them. Measured between 2 and 8 million
+states, of 64 and 256 units; ``python -m benchmarks.scan --part training`` has both shapes."""
+
 
 def minimal(
     input: Tensor,
@@ -49,19 +53,20 @@ def minimal(
         Both in float32 or better: gates near one do not exist in 16 bits.
     """
     masked = lengths is not None or reset is not None
+    hidden_size = weight_ih.shape[0] // PARTS[kind]
     fused = (
         input.device.type == "cpu"
         and autocast_dtype(input.device) is None
         and input.dtype in (torch.float32, torch.float64)
         and not (masked or transformed())
-        and len(input) > 1
+        and input.shape[0] * input.shape[1] * hidden_size >= FUSED_FROM
         and resolve(input.device, input.dtype) == "eager"
     )
     if not fused:
         arguments = {"kind": kind, "nonlinearity": nonlinearity, "reverse": reverse, "lengths": lengths, "reset": reset}
         return _composed(input, weight_ih, bias_ih, h_0, **arguments)
     if h_0 is None:
-        h_0 = input.new_zeros(input.shape[1], weight_ih.shape[0] // PARTS[kind])
+        h_0 = input.new_zeros(input.shape[1], hidden_size)
     output, h_n, _ = torch.ops.rnnkernels.minimal(input, weight_ih, bias_ih, h_0, kind, nonlinearity, reverse)
     return output, h_n
 
@@ -128,7 +133,14 @@ def _minimal_backward(
     grad_projected, grad_h_0 = eager.backward(
         grad_output, grad_h_n, output, projected, h_0, kind, nonlinearity, reverse
     )
-    return *projection_gradients(grad_projected, input, weight_ih, tuple(needs)), grad_h_0
+    needs_input, needs_weight, needs_bias = needs
+    grad_input, grad_weight, grad_bias = projection_gradients(
+        grad_projected, input, weight_ih, (needs_input, False, needs_bias)
+    )
+    if needs_weight:
+        # MKL transposes as it multiplies; oneDNN would have to copy both, at the size of the sequence.
+        grad_weight = grad_projected.flatten(0, 1).t().mm(input.flatten(0, 1))
+    return grad_input, grad_weight, grad_bias, grad_h_0
 
 
 @_minimal_backward.register_fake
