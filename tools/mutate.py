@@ -39,6 +39,10 @@ SUITES = {
         " or bad_calls",
     ),
     "transforms": ("tests/test_transforms.py", "vmap or forward_mode or per_sample or cells"),
+    "scan": (
+        "tests/test_linear_scan.py tests/test_minimal.py",
+        "float64_matches or (parts and not bfloat16) or one_part_at_a_time or bound_decides",
+    ),
     "second": (
         "tests/test_ops.py tests/test_options.py",
         "second_gradients",
@@ -226,6 +230,48 @@ MUTATIONS = [
         ("gru: gradient of the initial state dropped", "grad_h_0[:count] = carried", "grad_h_0[:count] = 0"),
         ("gru: off by one in time", "earlier = t + 1 if reverse else t - 1", "earlier = t if reverse else t - 1"),
         ("gru: a step that no sequence reaches", "if 0 < known == counts[t]:", "if known == counts[t]:"),
+    ),
+    *of(
+        "kernels/eager/linear_scan.py",
+        "scan",
+        ("scan: each part from the beginning", "state = states[0 if reverse else -1]\n", "pass\n"),
+        ("scan: gradient from part to part", "return decay[first] * gradient[first]", "return gradient[first]"),
+        (
+            "scan: the last step's own gradient",
+            "torch.add(added[last], carried, out",
+            "torch.add(0 * carried, carried, out",
+        ),
+        ("scan: decays not late", "scan(decay[followers], added", "scan(decay[others], added"),
+        (
+            "scan: gradient of decays at resets",
+            "grad_decay[steps].masked_fill_(reset[steps].unsqueeze(-1), 0)",
+            "pass",
+        ),
+    ),
+    *of(
+        "kernels/eager/minimal.py",
+        "scan",
+        ("minimal: each part from the beginning", "state = states[0 if reverse else -1]", "pass"),
+        ("minimal: the share falls unnoticed", "None, reverse, steps) - value", "None, reverse, steps) - 0"),
+        (
+            "minimal: slope of the gate",
+            "through.mul_(gradient).mul_(decay).mul_(share)",
+            "through.mul_(gradient).mul_(decay)",
+        ),
+        ("minimal: sign of the gate", "torch.neg(through, out=gates[0])", "gates[0].copy_(through)"),
+        ("minimal: slope of the input gate", "torch.sigmoid(-input).neg_()", "torch.sigmoid(-input)"),
+        ("minimal: slope of tanh", "return 1 - value.square()", "return 1 - value"),
+        ("minimal: slope of g above zero", ".masked_fill_(candidate > 0, 1)", ""),
+    ),
+    *of(
+        "ops/minimal.py",
+        "scan",
+        (
+            "minimal: bias left out",
+            "linear(input.flatten(0, 1), weight_ih, bias_ih, out",
+            "linear(input.flatten(0, 1), weight_ih, None, out",
+        ),
+        ("minimal: lengths forgotten", "and not (masked or transformed())", "and not transformed()"),
     ),
     *of(
         "kernels/eager/packing.py",

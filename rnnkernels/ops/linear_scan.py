@@ -7,8 +7,7 @@ from torch import Tensor
 
 from rnnkernels import reference
 from rnnkernels._backend import autocast_dtype, resolve
-from rnnkernels.kernels.eager.linear_scan import states_before
-from rnnkernels.kernels.eager.variable_length import padding
+from rnnkernels.kernels.eager.variable_length import before, padding
 from rnnkernels.ops._checks import check_lengths, check_reset, check_tensor
 from rnnkernels.ops._sequence import kernels, transformed
 
@@ -172,7 +171,7 @@ def _gradients(grad_output, grad_h_n, output, decay, h_0, lengths, reset, revers
     following = torch.cat([one, decay[:-1]] if reverse else [decay[1:], one])
     gradient, _ = torch.ops.rnnkernels.linear_scan(following, grad_output, grad_h_n, None, None, not reverse, backend)
     grad_h_0 = (decay * gradient)[-1 if reverse else 0]
-    grad_decay = gradient * states_before(output, h_0, lengths, reverse)
+    grad_decay = gradient * before(output, h_0, lengths, reverse, slice(0, len(output)))
     if lengths is not None:
         gradient, grad_decay = gradient.masked_fill(past_end, 0), grad_decay.masked_fill(past_end, 0)
     if reset is not None:

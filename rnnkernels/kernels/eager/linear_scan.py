@@ -15,7 +15,7 @@ IN_CACHE = 2**20
 
 CHUNKED_BELOW = 8192
 """Elements in a step (batch * hidden_size) below which chunks of time run together: a step alone would then cost more
-to launch than to compute. Measured on one thread, in float32; ``benchmarks/scan.py`` repeats the measurement."""
+to launch than to compute. Measured on two threads, in float32; ``benchmarks/scan.py`` repeats the measurement."""
 
 LONG = 32
 """Steps from which chunks pay."""
@@ -137,18 +137,6 @@ def _chunked(decay: Tensor, input: Tensor, output: Tensor, initial: Tensor, reve
     state = starts
     for a, b, h in steps:
         state = torch.addcmul(b, a, state, out=h)
-
-
-def states_before(states: Tensor, h_0: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor:
-    """The state before each step, from the states after it."""
-    if not reverse:
-        return torch.cat([h_0.unsqueeze(0), states[:-1]])
-    earlier = torch.cat([states[1:], h_0.unsqueeze(0)])
-    if lengths is not None:
-        # Where a shorter sequence begins, the state of the step after holds padding.
-        first = torch.arange(1, len(states) + 1, device=lengths.device).unsqueeze(1) == lengths
-        earlier = torch.where(first.unsqueeze(-1), h_0, earlier)
-    return earlier
 
 
 def _accumulator(tensor: Tensor) -> torch.dtype:
