@@ -34,9 +34,9 @@ _IN_CACHE = 2**16
 """Elements of a sequence that are worked on at once, so that they are still in a cache when they are needed again."""
 
 
-def blocks(counts: list[int], width: int, from_the_first: bool, elements: int = _IN_CACHE) -> list[slice]:
+def blocks(counts: list[int], width: int, from_the_first: bool, elements: int | None = None) -> list[slice]:
     """Steps in blocks of about as many elements as a cache holds; ``width`` is that of a row."""
-    size = max(1, elements // max(1, width * max(counts)))
+    size = max(1, (elements or _IN_CACHE) // max(1, width * max(counts)))
     slices = [slice(start, min(start + size, len(counts))) for start in range(0, len(counts), size)]
     return slices if from_the_first else slices[::-1]
 
