@@ -49,7 +49,7 @@ def absent_gpu(capability):
     from rnnkernels.kernels.triton import dispatch
 
     launches = []
-    run, shared_memory = JITFunction.run, dispatch.shared_memory
+    run, shared_memory, programmatic_launch = JITFunction.run, dispatch.shared_memory, dispatch.programmatic_launch
 
     def compile_only(kernel, *args, grid, warmup, **kwargs):
         launches.append((kernel, run(kernel, *args, grid=grid, warmup=True, **kwargs)))
@@ -57,10 +57,12 @@ def absent_gpu(capability):
     triton.runtime.driver.set_active(_AbsentGPU(capability))
     JITFunction.run = compile_only
     dispatch.shared_memory = lambda device: SHARED_MEMORY[capability]
+    dispatch.programmatic_launch = lambda device: capability >= 90
     try:
         yield launches
     finally:
         JITFunction.run, dispatch.shared_memory = run, shared_memory
+        dispatch.programmatic_launch = programmatic_launch
 
 
 def needs(compiled, capability):

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed: its kernels can't
 import triton
 import triton.language as tl
 
-from rnnkernels.kernels.triton import multi_tensor
+from rnnkernels.kernels.triton import multi_tensor, tables
 
 CAPABILITIES = (80, 90)
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -166,11 +166,11 @@ def test_chunks_cover_every_element_once():
 
 
 def test_tables_are_kept_and_make_room(monkeypatch):
-    monkeypatch.setattr(multi_tensor, "KEPT", 2)
+    monkeypatch.setattr(tables, "KEPT", 2)
     cache, made = collections.OrderedDict(), []
 
     def get(key):
-        return multi_tensor._kept(cache, key, lambda: made.append(key) or key)
+        return tables.kept(cache, key, lambda: made.append(key) or key)
 
     assert [get(key) for key in "abacb"] == list("abacb")
     assert made == list("abcb")

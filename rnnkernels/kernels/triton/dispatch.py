@@ -141,6 +141,12 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
+@cache
+def programmatic_launch(device: torch.device) -> bool:
+    """Whether a launch may begin while the one before ends (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9,)
+
+
 def choose(cell: str, hidden_size: int, batch: int, dtype: torch.dtype, device: torch.device) -> Resident | Step:
     """The design for a recurrence, forward and backward."""
     block_hidden = max(16, triton.next_power_of_2(hidden_size))

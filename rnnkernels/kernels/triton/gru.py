@@ -10,7 +10,22 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from rnnkernels.kernels.eager.variable_length import order_of_steps
 from rnnkernels.kernels.triton.dispatch import Resident, choose, input_precision
+from rnnkernels.kernels.triton.launch import RUNTIME as STEP
+from rnnkernels.kernels.triton.launch import (
+    at,
+    carried,
+    final_state,
+    left_of,
+    lookup,
+    moment,
+    rows_before,
+    run_steps,
+    stream,
+    wait_for_the_step_before,
+    weight_tile,
+)
 from rnnkernels.kernels.triton.pointwise import clip, sigmoid, tanh
 from rnnkernels.kernels.triton.rnn import RUNTIME
 
@@ -205,19 +220,16 @@ def backward_resident(
     tl.store(grad_h_0 + tile, carried, mask=mask)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=STEP)
 def forward_step(
-    gates,
-    previous,
-    weight_hh,
-    bias_n,
-    lengths,
-    states,
-    following,
-    time,
-    batch,
+    table,
+    step,
     hidden_size,
     weight_size,
+    ELEMENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    REVERSE: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -225,17 +237,26 @@ def forward_step(
     BLOCK_HIDDEN: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
 ):
-    """One step: ``gates`` holds the projected input of this step; ``states`` receives its states.
-
-    With lengths, ``following`` receives the state to go on from, which stands still where a sequence has ended.
-    """
+    """One step: ``gates`` holds its projected input; ``output`` receives its states."""
+    wait_for_the_step_before(DEPENDENT)
+    time, sequence_length, batch = moment(table, step)
+    gates = lookup(table, 0, ELEMENT, ALIGNED)
+    h_0 = lookup(table, 1, ELEMENT, ALIGNED)
+    weight_hh = lookup(table, 2, ELEMENT, ALIGNED)
+    bias_n = lookup(table, 3, ELEMENT, ALIGNED)
+    lengths = lookup(table, 4, tl.int64, False)
+    output = lookup(table, 5, ELEMENT, ALIGNED)
     rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
     row_mask = rows < batch
     mask = row_mask[:, None] & (columns < hidden_size)[None, :]
     row_offset = rows.to(tl.int64)[:, None] * hidden_size
     tile = row_offset + columns[None, :]
-    parts = gates + row_offset * 4 + columns[None, :]
+    parts = at(gates, time, batch, hidden_size * 4) + row_offset * 4 + columns[None, :]
+    length = sequence_length
+    if HAS_LENGTHS:
+        length = tl.load(lengths + rows, mask=row_mask, other=0)[:, None]
+    previous = rows_before(output, h_0, time, length, batch, hidden_size, row_offset, REVERSE)
     weights = weight_hh + columns.to(tl.int64)[None, :] * weight_size
     matrix = tl.cast(weight_size, tl.int64) * weight_size
     r = tl.load(parts + hidden_size, mask=mask, other=0.0).to(tl.float32)
@@ -245,55 +266,70 @@ def forward_step(
         hn += tl.load(bias_n + columns, mask=columns < hidden_size, other=0.0).to(tl.float32)[None, :]
     for start in range(0, hidden_size, BLOCK_INNER):
         k = start + tl.arange(0, BLOCK_INNER)
-        h = tl.load(previous + row_offset + k[None, :], mask=row_mask[:, None] & (k < hidden_size)[None, :], other=0.0)
+        h = tl.load(previous + k[None, :], mask=row_mask[:, None] & (k < hidden_size)[None, :], other=0.0)
         within = (k < weight_size)[:, None] & (columns < weight_size)[None, :]
         w = weights + k[:, None]
-        r = tl.dot(h, tl.load(w, mask=within, other=0.0), acc=r, input_precision=PRECISION)
-        z = tl.dot(h, tl.load(w + matrix, mask=within, other=0.0), acc=z, input_precision=PRECISION)
-        hn = tl.dot(h, tl.load(w + 2 * matrix, mask=within, other=0.0), acc=hn, input_precision=PRECISION)
+        r = tl.dot(h, weight_tile(w, within), acc=r, input_precision=PRECISION)
+        z = tl.dot(h, weight_tile(w + matrix, within), acc=z, input_precision=PRECISION)
+        hn = tl.dot(h, weight_tile(w + 2 * matrix, within), acc=hn, input_precision=PRECISION)
     r, z = sigmoid(r), sigmoid(z)
     n = tanh(tl.load(parts + 3 * hidden_size, mask=mask, other=0.0).to(tl.float32) + r * hn)
-    old = tl.load(previous + tile, mask=mask, other=0.0)
-    new = new_state(z, n, old.to(tl.float32)).to(old.dtype)
-    tl.store(parts, hn, mask=mask)
-    tl.store(parts + hidden_size, r, mask=mask)
-    tl.store(parts + 2 * hidden_size, z, mask=mask)
-    tl.store(parts + 3 * hidden_size, n, mask=mask)
+    old = tl.load(previous + columns[None, :], mask=mask, other=0.0)
+    new = new_state(z, n, old.to(tl.float32)).to(ELEMENT)
+    stream(parts, hn, mask)
+    stream(parts + hidden_size, r, mask)
+    stream(parts + 2 * hidden_size, z, mask)
+    stream(parts + 3 * hidden_size, n, mask)
     if HAS_LENGTHS:
-        active = time < tl.load(lengths + rows, mask=row_mask, other=0)[:, None]
-        tl.store(following + tile, tl.where(active, new, old), mask=mask)
-        new = tl.where(active, new, 0.0)
-    tl.store(states + tile, new, mask=mask)
+        new = tl.where(time < length, new, 0.0)
+    tl.store(at(output, time, batch, hidden_size) + tile, new, mask=mask)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=STEP)
 def backward_step(
-    grad_output,
-    gates,
-    previous,
-    carried,
-    weight_hh,
-    lengths,
-    grad_gates,
-    following,
-    time,
-    batch,
+    table,
+    step,
     hidden_size,
     weight_size,
+    ELEMENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    REVERSE: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_BATCH: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
 ):
-    """One step back: from ``carried``, the float32 gradient of this step's state from later ones, to ``following``."""
+    """One step back: from the float32 gradient of this step's state from later ones to that of the state before.
+
+    ``carried`` holds both, by turns.
+    """
+    wait_for_the_step_before(DEPENDENT)
+    time, sequence_length, batch = moment(table, step)
+    grad_output = lookup(table, 0, ELEMENT, ALIGNED)
+    gates = lookup(table, 1, ELEMENT, ALIGNED)
+    output = lookup(table, 2, ELEMENT, ALIGNED)
+    h_0 = lookup(table, 3, ELEMENT, ALIGNED)
+    carried = lookup(table, 4, tl.float32, ALIGNED)
+    weight_hh = lookup(table, 5, ELEMENT, ALIGNED)
+    lengths = lookup(table, 6, tl.int64, False)
+    grad_gates = lookup(table, 7, ELEMENT, ALIGNED)
     rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
     row_mask = rows < batch
     row_offset = rows.to(tl.int64)[:, None] * hidden_size
     matrix = tl.cast(weight_size, tl.int64) * weight_size
+    length = sequence_length
     if HAS_LENGTHS:
-        active = time < tl.load(lengths + rows, mask=row_mask, other=0)[:, None]
+        length = tl.load(lengths + rows, mask=row_mask, other=0)[:, None]
+        active = time < length
+    previous = rows_before(output, h_0, time, length, batch, hidden_size, row_offset, REVERSE)
+    grad_output = at(grad_output, time, batch, hidden_size)
+    gates = at(gates, time, batch, hidden_size * 4)
+    grad_gates = at(grad_gates, time, batch, hidden_size * 4)
+    arriving = at(carried, time & 1, batch, hidden_size)
+    following = at(carried, (time & 1) ^ 1, batch, hidden_size)
     product = tl.zeros((BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
     for start in range(0, hidden_size, BLOCK_INNER):
         k = start + tl.arange(0, BLOCK_INNER)
@@ -304,8 +340,8 @@ def backward_step(
         r = tl.load(gates + part + hidden_size, mask=mask, other=0.0).to(tl.float32)
         z = tl.load(gates + part + 2 * hidden_size, mask=mask, other=0.0).to(tl.float32)
         n = tl.load(gates + part + 3 * hidden_size, mask=mask, other=0.0).to(tl.float32)
-        h = tl.load(previous + tile, mask=mask, other=0.0).to(tl.float32)
-        grad_state = tl.load(carried + tile, mask=mask, other=0.0)
+        h = tl.load(previous + k[None, :], mask=mask, other=0.0).to(tl.float32)
+        grad_state = tl.load(arriving + tile, mask=mask, other=0.0)
         grad_state += tl.load(grad_output + tile, mask=mask, other=0.0).to(tl.float32)
         grad_hn, grad_r, grad_z, grad_n = gate_gradients(grad_state, hn, r, z, n, h, float("inf"))
         if HAS_LENGTHS:
@@ -314,22 +350,19 @@ def backward_step(
             grad_z = tl.where(active, grad_z, 0.0)
             grad_n = tl.where(active, grad_n, 0.0)
         if tl.program_id(1) == 0:
-            tl.store(grad_gates + part, grad_hn, mask=mask)
-            tl.store(grad_gates + part + hidden_size, grad_r, mask=mask)
-            tl.store(grad_gates + part + 2 * hidden_size, grad_z, mask=mask)
-            tl.store(grad_gates + part + 3 * hidden_size, grad_n, mask=mask)
+            stream(grad_gates + part, grad_hn, mask)
+            stream(grad_gates + part + hidden_size, grad_r, mask)
+            stream(grad_gates + part + 2 * hidden_size, grad_z, mask)
+            stream(grad_gates + part + 3 * hidden_size, grad_n, mask)
         within = (k < weight_size)[:, None] & (columns < weight_size)[None, :]
         w = weight_hh + k.to(tl.int64)[:, None] * weight_size + columns[None, :]
-        kind = weight_hh.dtype.element_ty
-        weight_r = tl.load(w, mask=within, other=0.0)
-        product = tl.dot(grad_r.to(kind), weight_r, acc=product, input_precision=PRECISION)
-        weight_z = tl.load(w + matrix, mask=within, other=0.0)
-        product = tl.dot(grad_z.to(kind), weight_z, acc=product, input_precision=PRECISION)
-        weight_n = tl.load(w + 2 * matrix, mask=within, other=0.0)
-        product = tl.dot(grad_hn.to(kind), weight_n, acc=product, input_precision=PRECISION)
+        product = tl.dot(grad_r.to(ELEMENT), weight_tile(w, within), acc=product, input_precision=PRECISION)
+        product = tl.dot(grad_z.to(ELEMENT), weight_tile(w + matrix, within), acc=product, input_precision=PRECISION)
+        weight_n = weight_tile(w + 2 * matrix, within)
+        product = tl.dot(grad_hn.to(ELEMENT), weight_n, acc=product, input_precision=PRECISION)
     tile = row_offset + columns[None, :]
     mask = row_mask[:, None] & (columns < hidden_size)[None, :]
-    old = tl.load(carried + tile, mask=mask, other=0.0)
+    old = tl.load(arriving + tile, mask=mask, other=0.0)
     z = tl.load(gates + row_offset * 4 + 2 * hidden_size + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     onward = (old + tl.load(grad_output + tile, mask=mask, other=0.0).to(tl.float32)) * z + product
     if HAS_LENGTHS:
@@ -363,26 +396,21 @@ def forward(
     sizes = batch, hidden_size, weights.shape[-1]
     design = choose("gru", hidden_size, batch, gates.dtype, gates.device)
     options = {
+        "REVERSE": reverse,
         "HAS_LENGTHS": lengths is not None,
         "HAS_BIAS": bias_n is not None,
         "PRECISION": input_precision(gates.dtype),
-        **design.constants(),
     }
-    grid = design.grid(batch, hidden_size)
     if isinstance(design, Resident):
         h_n = torch.empty_like(h_0)
-        forward_resident[grid](
-            gates, h_0, weights, bias_n, lengths, output, h_n, sequence_length, *sizes, REVERSE=reverse, **options
+        forward_resident[design.grid(batch, hidden_size)](
+            gates, h_0, weights, bias_n, lengths, output, h_n, sequence_length, *sizes, **options, **design.constants()
         )
         return output, h_n
-    previous, spare = h_0, None
-    if lengths is not None:
-        spare = [torch.empty_like(h_0), torch.empty_like(h_0)]
-    for t in reversed(range(sequence_length)) if reverse else range(sequence_length):
-        following = output[t] if spare is None else spare[t % 2]
-        forward_step[grid](gates[t], previous, weights, bias_n, lengths, output[t], following, t, *sizes, **options)
-        previous = following
-    return output, previous.clone()
+    tensors = gates, h_0, weights, bias_n, lengths, output
+    times = order_of_steps(sequence_length, reverse)
+    run_steps(forward_step, design, tensors, (sequence_length, *sizes), times, **options)
+    return output, final_state(output, lengths, reverse)
 
 
 def backward(
@@ -404,11 +432,10 @@ def backward(
     weights = _squares(weight_hh.contiguous())
     sizes = batch, hidden_size, weights.shape[-1]
     design = choose("gru", hidden_size, batch, output.dtype, output.device)
-    options = {"HAS_LENGTHS": lengths is not None, "PRECISION": input_precision(output.dtype), **design.constants()}
-    grid = design.grid(batch, hidden_size)
+    options = {"REVERSE": reverse, "HAS_LENGTHS": lengths is not None, "PRECISION": input_precision(output.dtype)}
     if isinstance(design, Resident):
         grad_h_0 = torch.empty_like(grad_h_n)
-        backward_resident[grid](
+        backward_resident[design.grid(batch, hidden_size)](
             grad_output,
             grad_h_n,
             output,
@@ -420,31 +447,12 @@ def backward(
             grad_h_0,
             sequence_length,
             *sizes,
-            REVERSE=reverse,
             **options,
+            **design.constants(),
         )
         return grad_gates, grad_h_0
-    before = output
-    if reverse and lengths is not None:
-        # The state before a sequence's last step is its initial state, where the output has padding.
-        before = torch.cat([output, torch.empty_like(output[:1])])
-        before[lengths, torch.arange(batch, device=lengths.device)] = h_0
-    carried, following = grad_h_n.float().clone(), torch.empty_like(grad_h_n, dtype=torch.float32)
-    for t in range(sequence_length) if reverse else reversed(range(sequence_length)):
-        earlier = t + 1 if reverse else t - 1
-        previous = before[earlier] if 0 <= earlier < len(before) else h_0
-        backward_step[grid](
-            grad_output[t],
-            gates[t],
-            previous,
-            carried,
-            weights,
-            lengths,
-            grad_gates[t],
-            following,
-            t,
-            *sizes,
-            **options,
-        )
-        carried, following = following, carried
-    return grad_gates, carried.to(output.dtype)
+    times = order_of_steps(sequence_length, not reverse)
+    gradient = carried(grad_h_n, times)
+    tensors = grad_output, gates, output, h_0, gradient, weights, lengths, grad_gates
+    run_steps(backward_step, design, tensors, (sequence_length, *sizes), times, **options)
+    return grad_gates, left_of(gradient, times, output.dtype)

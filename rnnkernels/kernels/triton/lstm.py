@@ -11,7 +11,22 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from rnnkernels.kernels.eager.variable_length import order_of_steps
 from rnnkernels.kernels.triton.dispatch import Resident, choose, input_precision
+from rnnkernels.kernels.triton.launch import RUNTIME as STEP
+from rnnkernels.kernels.triton.launch import (
+    at,
+    carried,
+    final_state,
+    left_of,
+    lookup,
+    moment,
+    rows_before,
+    run_steps,
+    stream,
+    wait_for_the_step_before,
+    weight_tile,
+)
 from rnnkernels.kernels.triton.pointwise import clip, sigmoid, tanh
 from rnnkernels.kernels.triton.rnn import RUNTIME
 
@@ -234,37 +249,43 @@ def backward_resident(
     tl.store(grad_c_0 + tile, carried_c, mask=mask)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=STEP)
 def forward_step(
-    gates,
-    previous,
-    previous_cells,
-    weight_hh,
-    lengths,
-    states,
-    cells,
-    following,
-    time,
-    batch,
+    table,
+    step,
     hidden_size,
     weight_size,
+    ELEMENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    REVERSE: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_BATCH: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
 ):
-    """One step: ``gates`` holds the projected input of this step; ``states`` and ``cells`` receive its states.
-
-    With lengths, ``following`` receives the state to go on from, which stands still where a sequence has ended.
-    """
+    """One step: ``gates`` holds its projected input; ``output`` and ``cells`` receive its states."""
+    wait_for_the_step_before(DEPENDENT)
+    time, sequence_length, batch = moment(table, step)
+    gates = lookup(table, 0, ELEMENT, ALIGNED)
+    h_0 = lookup(table, 1, ELEMENT, ALIGNED)
+    c_0 = lookup(table, 2, tl.float32, ALIGNED)
+    weight_hh = lookup(table, 3, ELEMENT, ALIGNED)
+    lengths = lookup(table, 4, tl.int64, False)
+    output = lookup(table, 5, ELEMENT, ALIGNED)
+    cells = lookup(table, 6, tl.float32, ALIGNED)
     rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
     row_mask = rows < batch
     mask = row_mask[:, None] & (columns < hidden_size)[None, :]
     row_offset = rows.to(tl.int64)[:, None] * hidden_size
     tile = row_offset + columns[None, :]
-    parts = gates + row_offset * 4 + columns[None, :]
+    parts = at(gates, time, batch, hidden_size * 4) + row_offset * 4 + columns[None, :]
+    length = sequence_length
+    if HAS_LENGTHS:
+        length = tl.load(lengths + rows, mask=row_mask, other=0)[:, None]
+    previous = rows_before(output, h_0, time, length, batch, hidden_size, row_offset, REVERSE)
     weights = weight_hh + columns.to(tl.int64)[None, :] * weight_size
     matrix = tl.cast(weight_size, tl.int64) * weight_size
     i = tl.load(parts, mask=mask, other=0.0).to(tl.float32)
@@ -273,59 +294,74 @@ def forward_step(
     o = tl.load(parts + 3 * hidden_size, mask=mask, other=0.0).to(tl.float32)
     for start in range(0, hidden_size, BLOCK_INNER):
         k = start + tl.arange(0, BLOCK_INNER)
-        h = tl.load(previous + row_offset + k[None, :], mask=row_mask[:, None] & (k < hidden_size)[None, :], other=0.0)
+        h = tl.load(previous + k[None, :], mask=row_mask[:, None] & (k < hidden_size)[None, :], other=0.0)
         within = (k < weight_size)[:, None] & (columns < weight_size)[None, :]
         w = weights + k[:, None]
-        i = tl.dot(h, tl.load(w, mask=within, other=0.0), acc=i, input_precision=PRECISION)
-        f = tl.dot(h, tl.load(w + matrix, mask=within, other=0.0), acc=f, input_precision=PRECISION)
-        g = tl.dot(h, tl.load(w + 2 * matrix, mask=within, other=0.0), acc=g, input_precision=PRECISION)
-        o = tl.dot(h, tl.load(w + 3 * matrix, mask=within, other=0.0), acc=o, input_precision=PRECISION)
+        i = tl.dot(h, weight_tile(w, within), acc=i, input_precision=PRECISION)
+        f = tl.dot(h, weight_tile(w + matrix, within), acc=f, input_precision=PRECISION)
+        g = tl.dot(h, weight_tile(w + 2 * matrix, within), acc=g, input_precision=PRECISION)
+        o = tl.dot(h, weight_tile(w + 3 * matrix, within), acc=o, input_precision=PRECISION)
     i, f, g, o = sigmoid(i), sigmoid(f), tanh(g), sigmoid(o)
-    old_c = tl.load(previous_cells + tile, mask=mask, other=0.0)
+    # In padding the cell state stands still, so that its neighbour is always the one before.
+    before = rows_before(cells, c_0, time, sequence_length, batch, hidden_size, row_offset, REVERSE)
+    old_c = tl.load(before + columns[None, :], mask=mask, other=0.0)
     c = cell_state(i, f, g, old_c)
-    new = (o * tanh(c)).to(states.dtype.element_ty)
-    tl.store(parts, i, mask=mask)
-    tl.store(parts + hidden_size, f, mask=mask)
-    tl.store(parts + 2 * hidden_size, g, mask=mask)
-    tl.store(parts + 3 * hidden_size, o, mask=mask)
+    new = (o * tanh(c)).to(ELEMENT)
+    stream(parts, i, mask)
+    stream(parts + hidden_size, f, mask)
+    stream(parts + 2 * hidden_size, g, mask)
+    stream(parts + 3 * hidden_size, o, mask)
     if HAS_LENGTHS:
-        active = time < tl.load(lengths + rows, mask=row_mask, other=0)[:, None]
-        tl.store(following + tile, tl.where(active, new, tl.load(previous + tile, mask=mask, other=0.0)), mask=mask)
-        c = tl.where(active, c, old_c)
-        new = tl.where(active, new, 0.0)
-    tl.store(cells + tile, c, mask=mask)
-    tl.store(states + tile, new, mask=mask)
+        c = tl.where(time < length, c, old_c)
+        new = tl.where(time < length, new, 0.0)
+    tl.store(at(cells, time, batch, hidden_size) + tile, c, mask=mask)
+    tl.store(at(output, time, batch, hidden_size) + tile, new, mask=mask)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=STEP)
 def backward_step(
-    grad_output,
-    gates,
-    cells,
-    previous_cells,
-    carried_h,
-    carried_c,
-    weight_hh,
-    lengths,
-    grad_gates,
-    following_h,
-    following_c,
-    time,
-    batch,
+    table,
+    step,
     hidden_size,
     weight_size,
+    ELEMENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    REVERSE: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_BATCH: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
 ):
-    """One step back: from the float32 gradients of this step's states from later ones to those of the states before."""
+    """One step back: from the float32 gradients of this step's states from later ones to those of the states before.
+
+    ``carried_h`` and ``carried_c`` hold both, by turns.
+    """
+    wait_for_the_step_before(DEPENDENT)
+    time, sequence_length, batch = moment(table, step)
+    grad_output = lookup(table, 0, ELEMENT, ALIGNED)
+    gates = lookup(table, 1, ELEMENT, ALIGNED)
+    cells = lookup(table, 2, tl.float32, ALIGNED)
+    c_0 = lookup(table, 3, tl.float32, ALIGNED)
+    carried_h = lookup(table, 4, tl.float32, ALIGNED)
+    carried_c = lookup(table, 5, tl.float32, ALIGNED)
+    weight_hh = lookup(table, 6, ELEMENT, ALIGNED)
+    lengths = lookup(table, 7, tl.int64, False)
+    grad_gates = lookup(table, 8, ELEMENT, ALIGNED)
     rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
     row_mask = rows < batch
     row_offset = rows.to(tl.int64)[:, None] * hidden_size
     matrix = tl.cast(weight_size, tl.int64) * weight_size
+    before = rows_before(cells, c_0, time, sequence_length, batch, hidden_size, row_offset, REVERSE)
+    grad_output = at(grad_output, time, batch, hidden_size)
+    gates = at(gates, time, batch, hidden_size * 4)
+    grad_gates = at(grad_gates, time, batch, hidden_size * 4)
+    cells = at(cells, time, batch, hidden_size)
+    arriving_h, arriving_c = at(carried_h, time & 1, batch, hidden_size), at(carried_c, time & 1, batch, hidden_size)
+    following_h = at(carried_h, (time & 1) ^ 1, batch, hidden_size)
+    following_c = at(carried_c, (time & 1) ^ 1, batch, hidden_size)
     if HAS_LENGTHS:
         active = time < tl.load(lengths + rows, mask=row_mask, other=0)[:, None]
     product = tl.zeros((BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
@@ -339,10 +375,10 @@ def backward_step(
         g = tl.load(gates + part + 2 * hidden_size, mask=mask, other=0.0).to(tl.float32)
         o = tl.load(gates + part + 3 * hidden_size, mask=mask, other=0.0).to(tl.float32)
         c = tl.load(cells + tile, mask=mask, other=0.0)
-        old_c = tl.load(previous_cells + tile, mask=mask, other=0.0)
-        grad_h = tl.load(carried_h + tile, mask=mask, other=0.0)
+        old_c = tl.load(before + k[None, :], mask=mask, other=0.0)
+        grad_h = tl.load(arriving_h + tile, mask=mask, other=0.0)
         grad_h += tl.load(grad_output + tile, mask=mask, other=0.0).to(tl.float32)
-        grad_c = tl.load(carried_c + tile, mask=mask, other=0.0)
+        grad_c = tl.load(arriving_c + tile, mask=mask, other=0.0)
         grad_i, grad_f, grad_g, grad_o, onward_c = gate_gradients(grad_h, grad_c, i, f, g, o, old_c, c)
         if HAS_LENGTHS:
             grad_i = tl.where(active, grad_i, 0.0)
@@ -351,26 +387,23 @@ def backward_step(
             grad_o = tl.where(active, grad_o, 0.0)
             onward_c = tl.where(active, onward_c, grad_c)
         if tl.program_id(1) == 0:
-            tl.store(grad_gates + part, grad_i, mask=mask)
-            tl.store(grad_gates + part + hidden_size, grad_f, mask=mask)
-            tl.store(grad_gates + part + 2 * hidden_size, grad_g, mask=mask)
-            tl.store(grad_gates + part + 3 * hidden_size, grad_o, mask=mask)
+            stream(grad_gates + part, grad_i, mask)
+            stream(grad_gates + part + hidden_size, grad_f, mask)
+            stream(grad_gates + part + 2 * hidden_size, grad_g, mask)
+            stream(grad_gates + part + 3 * hidden_size, grad_o, mask)
             tl.store(following_c + tile, onward_c, mask=mask)
         within = (k < weight_size)[:, None] & (columns < weight_size)[None, :]
         w = weight_hh + k.to(tl.int64)[:, None] * weight_size + columns[None, :]
-        kind = weight_hh.dtype.element_ty
-        weight_i = tl.load(w, mask=within, other=0.0)
-        product = tl.dot(grad_i.to(kind), weight_i, acc=product, input_precision=PRECISION)
-        weight_f = tl.load(w + matrix, mask=within, other=0.0)
-        product = tl.dot(grad_f.to(kind), weight_f, acc=product, input_precision=PRECISION)
-        weight_g = tl.load(w + 2 * matrix, mask=within, other=0.0)
-        product = tl.dot(grad_g.to(kind), weight_g, acc=product, input_precision=PRECISION)
-        weight_o = tl.load(w + 3 * matrix, mask=within, other=0.0)
-        product = tl.dot(grad_o.to(kind), weight_o, acc=product, input_precision=PRECISION)
+        product = tl.dot(grad_i.to(ELEMENT), weight_tile(w, within), acc=product, input_precision=PRECISION)
+        product = tl.dot(grad_f.to(ELEMENT), weight_tile(w + matrix, within), acc=product, input_precision=PRECISION)
+        weight_g = weight_tile(w + 2 * matrix, within)
+        product = tl.dot(grad_g.to(ELEMENT), weight_g, acc=product, input_precision=PRECISION)
+        weight_o = weight_tile(w + 3 * matrix, within)
+        product = tl.dot(grad_o.to(ELEMENT), weight_o, acc=product, input_precision=PRECISION)
     tile = row_offset + columns[None, :]
     mask = row_mask[:, None] & (columns < hidden_size)[None, :]
     if HAS_LENGTHS:
-        product = tl.where(active, product, tl.load(carried_h + tile, mask=mask, other=0.0))
+        product = tl.where(active, product, tl.load(arriving_h + tile, mask=mask, other=0.0))
     tl.store(following_h + tile, product, mask=mask)
 
 
@@ -403,15 +436,10 @@ def forward(
     h_0, c_0, weights = h_0.contiguous(), c_0.contiguous(), _squares(weight_hh)
     sizes = batch, hidden_size, weights.shape[-1]
     design = choose("lstm", hidden_size, batch, gates.dtype, gates.device)
-    options = {
-        "HAS_LENGTHS": lengths is not None,
-        "PRECISION": input_precision(gates.dtype),
-        **design.constants(),
-    }
-    grid = design.grid(batch, hidden_size)
+    options = {"REVERSE": reverse, "HAS_LENGTHS": lengths is not None, "PRECISION": input_precision(gates.dtype)}
     if isinstance(design, Resident):
         h_n, c_n = torch.empty_like(h_0), torch.empty_like(c_0)
-        forward_resident[grid](
+        forward_resident[design.grid(batch, hidden_size)](
             gates,
             h_0,
             c_0,
@@ -423,30 +451,15 @@ def forward(
             c_n,
             sequence_length,
             *sizes,
-            REVERSE=reverse,
             **options,
+            **design.constants(),
         )
         return output, h_n, c_n, cells
-    previous, previous_cells, spare = h_0, c_0.float(), None
-    if lengths is not None:
-        spare = [torch.empty_like(h_0), torch.empty_like(h_0)]
-    for t in reversed(range(sequence_length)) if reverse else range(sequence_length):
-        following = output[t] if spare is None else spare[t % 2]
-        forward_step[grid](
-            gates[t],
-            previous,
-            previous_cells,
-            weights,
-            lengths,
-            output[t],
-            cells[t],
-            following,
-            t,
-            *sizes,
-            **options,
-        )
-        previous, previous_cells = following, cells[t]
-    return output, previous.clone(), previous_cells.to(c_0.dtype, copy=True), cells
+    tensors = gates, h_0, c_0.float(), weights, lengths, output, cells
+    times = order_of_steps(sequence_length, reverse)
+    run_steps(forward_step, design, tensors, (sequence_length, *sizes), times, **options)
+    c_n = cells[times[-1]].to(c_0.dtype, copy=True)
+    return output, final_state(output, lengths, reverse), c_n, cells
 
 
 def backward(
@@ -471,11 +484,10 @@ def backward(
     initial_cells, weights = c_0.contiguous().float(), _squares(weight_hh)
     sizes = batch, hidden_size, weights.shape[-1]
     design = choose("lstm", hidden_size, batch, gates.dtype, gates.device)
-    options = {"HAS_LENGTHS": lengths is not None, "PRECISION": input_precision(gates.dtype), **design.constants()}
-    grid = design.grid(batch, hidden_size)
+    options = {"REVERSE": reverse, "HAS_LENGTHS": lengths is not None, "PRECISION": input_precision(gates.dtype)}
     if isinstance(design, Resident):
         grad_h_0, grad_c_0 = torch.empty_like(grad_h_n), torch.empty_like(c_0)
-        backward_resident[grid](
+        backward_resident[design.grid(batch, hidden_size)](
             grad_output,
             grad_h_n,
             grad_c_n,
@@ -489,30 +501,12 @@ def backward(
             grad_c_0,
             sequence_length,
             *sizes,
-            REVERSE=reverse,
             **options,
+            **design.constants(),
         )
         return grad_gates, grad_h_0, grad_c_0
-    carried_h, carried_c = grad_h_n.float().clone(), grad_c_n.float().clone()
-    following_h, following_c = torch.empty_like(carried_h), torch.empty_like(carried_c)
-    for t in range(sequence_length) if reverse else reversed(range(sequence_length)):
-        earlier = t + 1 if reverse else t - 1
-        backward_step[grid](
-            grad_output[t],
-            gates[t],
-            cells[t],
-            cells[earlier] if 0 <= earlier < sequence_length else initial_cells,
-            carried_h,
-            carried_c,
-            weights,
-            lengths,
-            grad_gates[t],
-            following_h,
-            following_c,
-            t,
-            *sizes,
-            **options,
-        )
-        carried_h, following_h = following_h, carried_h
-        carried_c, following_c = following_c, carried_c
-    return grad_gates, carried_h.to(gates.dtype), carried_c.to(c_0.dtype)
+    times = order_of_steps(sequence_length, not reverse)
+    carried_h, carried_c = carried(grad_h_n, times), carried(grad_c_n, times)
+    tensors = grad_output, gates, cells, initial_cells, carried_h, carried_c, weights, lengths, grad_gates
+    run_steps(backward_step, design, tensors, (sequence_length, *sizes), times, **options)
+    return grad_gates, left_of(carried_h, times, gates.dtype), left_of(carried_c, times, c_0.dtype)

@@ -11,12 +11,14 @@ A tensor is taken as what lies in its memory: it must be dense, and the tensors 
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from rnnkernels.kernels.triton.tables import ELEMENTS, kept
 
 BLOCK = 1024
 """Elements that a program takes at a time."""
@@ -26,13 +28,8 @@ FINISH_BLOCK = 2048
 """Partial sums that the finishing kernel takes at a time."""
 WARPS = 4
 
-KEPT = 64
-"""Tables of each kind that stay on the GPU."""
-
 NORMS = (1.0, 2.0, math.inf)
 """Orders of the norms that have a kernel."""
-
-ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 RUNTIME = ["tensors", "programs", "count"]
 
@@ -42,16 +39,6 @@ _captured: list[Tensor] = []
 
 
 # ---------------------------------------------------------------- tables
-
-
-def _kept(cache: OrderedDict, key: tuple, make: Callable[[], Tensor]) -> Tensor:
-    """What the cache holds for the key; made where it holds nothing, and the entry longest unused makes room."""
-    if key not in cache:
-        cache[key] = make()
-        if len(cache) > KEPT:
-            cache.popitem(last=False)
-    cache.move_to_end(key)
-    return cache[key]
 
 
 def _chunks_of(sizes: Sequence[int], lengths: Sequence[int]) -> Tensor:
@@ -96,8 +83,8 @@ class Launch:
         else:
             where = device, torch.cuda.current_stream(device).cuda_stream
             upload = lambda make: lambda: make().pin_memory().to(device, non_blocking=True)  # noqa: E731
-            self.table = _kept(_tables, (where, addresses, last), upload(table))
-            self.chunks = _kept(_chunks, (where, sizes, lengths), upload(chunks))
+            self.table = kept(_tables, (where, addresses, last), upload(table))
+            self.chunks = kept(_chunks, (where, sizes, lengths), upload(chunks))
         self.tensors, self.programs = len(sizes), self.chunks.shape[1]
         self.constants = {
             "ELEMENTS": tuple(ELEMENTS[role[0].dtype] for role in roles),

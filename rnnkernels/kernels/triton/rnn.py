@@ -15,10 +15,25 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from rnnkernels.kernels.eager.variable_length import order_of_steps
 from rnnkernels.kernels.triton.dispatch import Resident, choose, input_precision
+from rnnkernels.kernels.triton.launch import RUNTIME as STEP
+from rnnkernels.kernels.triton.launch import (
+    at,
+    carried,
+    final_state,
+    left_of,
+    lookup,
+    moment,
+    rows_before,
+    run_steps,
+    stream,
+    wait_for_the_step_before,
+    weight_tile,
+)
 from rnnkernels.kernels.triton.pointwise import activate, through_activation
 
-RUNTIME = ("sequence_length", "batch", "time")
+RUNTIME = ("sequence_length", "batch")
 """Arguments on whose value no kernel is specialized: a new length or batch compiles nothing."""
 
 
@@ -143,81 +158,93 @@ def backward_resident(
     tl.store(grad_h_0 + tile, carried, mask=mask)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=STEP)
 def forward_step(
-    states,
-    previous,
-    weight_hh,
-    lengths,
-    following,
-    time,
-    batch,
+    table,
+    step,
     hidden_size,
     weight_size,
+    ELEMENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     NONLINEARITY: tl.constexpr,
+    REVERSE: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_BATCH: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
 ):
-    """One step: ``states`` holds the projected input of this step and receives its states.
-
-    With lengths, ``following`` receives the state to go on from, which stands still where a sequence has ended.
-    """
+    """One step: ``output`` holds its projected input and receives its states."""
+    wait_for_the_step_before(DEPENDENT)
+    time, sequence_length, batch = moment(table, step)
+    output = lookup(table, 0, ELEMENT, ALIGNED)
+    h_0 = lookup(table, 1, ELEMENT, ALIGNED)
+    weight_hh = lookup(table, 2, ELEMENT, ALIGNED)
+    lengths = lookup(table, 3, tl.int64, False)
     rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
     inner = tl.arange(0, BLOCK_INNER)
     row_mask = rows < batch
     mask = row_mask[:, None] & (columns < hidden_size)[None, :]
     row_offset = rows.to(tl.int64)[:, None] * hidden_size
-    tile = row_offset + columns[None, :]
-    weight_tile = columns.to(tl.int64)[None, :] * weight_size
-    a = tl.load(states + tile, mask=mask, other=0.0).to(tl.float32)
+    states = at(output, time, batch, hidden_size) + row_offset + columns[None, :]
+    length = sequence_length
+    if HAS_LENGTHS:
+        length = tl.load(lengths + rows, mask=row_mask, other=0)[:, None]
+    previous = rows_before(output, h_0, time, length, batch, hidden_size, row_offset, REVERSE)
+    weights = weight_hh + columns.to(tl.int64)[None, :] * weight_size
+    a = tl.load(states, mask=mask, other=0.0).to(tl.float32)
     for start in range(0, hidden_size, BLOCK_INNER):
         k = start + inner
-        h = tl.load(previous + row_offset + k[None, :], mask=row_mask[:, None] & (k < hidden_size)[None, :], other=0.0)
-        w = tl.load(
-            weight_hh + weight_tile + k[:, None],
-            mask=(k < weight_size)[:, None] & (columns < weight_size)[None, :],
-            other=0.0,
-        )
+        h = tl.load(previous + k[None, :], mask=row_mask[:, None] & (k < hidden_size)[None, :], other=0.0)
+        w = weight_tile(weights + k[:, None], (k < weight_size)[:, None] & (columns < weight_size)[None, :])
         a = tl.dot(h, w, acc=a, input_precision=PRECISION)
-    new = activate(a, NONLINEARITY).to(states.dtype.element_ty)
+    new = activate(a, NONLINEARITY).to(ELEMENT)
     if HAS_LENGTHS:
-        active = time < tl.load(lengths + rows, mask=row_mask, other=0)[:, None]
-        old = tl.load(previous + tile, mask=mask, other=0.0)
-        tl.store(following + tile, tl.where(active, new, old), mask=mask)
-        new = tl.where(active, new, 0.0)
-    tl.store(states + tile, new, mask=mask)
+        new = tl.where(time < length, new, 0.0)
+    tl.store(states, new, mask=mask)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=STEP)
 def backward_step(
-    grad_output,
-    output,
-    carried,
-    weight_hh,
-    lengths,
-    grad_projected,
-    following,
-    time,
-    batch,
+    table,
+    step,
     hidden_size,
     weight_size,
+    ELEMENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     NONLINEARITY: tl.constexpr,
+    REVERSE: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_BATCH: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
 ):
-    """One step back: from ``carried``, the float32 gradient of this step's state from later ones, to ``following``."""
+    """One step back: from the float32 gradient of this step's state from later ones to that of the state before.
+
+    ``carried`` holds both, by turns.
+    """
+    wait_for_the_step_before(DEPENDENT)
+    time, _, batch = moment(table, step)
+    grad_output = lookup(table, 0, ELEMENT, ALIGNED)
+    output = lookup(table, 1, ELEMENT, ALIGNED)
+    carried = lookup(table, 2, tl.float32, ALIGNED)
+    weight_hh = lookup(table, 3, ELEMENT, ALIGNED)
+    lengths = lookup(table, 4, tl.int64, False)
+    grad_projected = lookup(table, 5, ELEMENT, ALIGNED)
     rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
     inner = tl.arange(0, BLOCK_INNER)
     row_mask = rows < batch
     row_offset = rows.to(tl.int64)[:, None] * hidden_size
+    grad_output = at(grad_output, time, batch, hidden_size)
+    output = at(output, time, batch, hidden_size)
+    grad_projected = at(grad_projected, time, batch, hidden_size)
+    arriving = at(carried, time & 1, batch, hidden_size)
+    following = at(carried, (time & 1) ^ 1, batch, hidden_size)
     if HAS_LENGTHS:
         active = time < tl.load(lengths + rows, mask=row_mask, other=0)[:, None]
     product = tl.zeros((BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
@@ -227,22 +254,19 @@ def backward_step(
         mask = row_mask[:, None] & (k < hidden_size)[None, :]
         y = tl.load(output + tile, mask=mask, other=0.0).to(tl.float32)
         outer = tl.load(grad_output + tile, mask=mask, other=0.0).to(tl.float32)
-        gradient = through_activation(tl.load(carried + tile, mask=mask, other=0.0) + outer, y, NONLINEARITY)
+        gradient = through_activation(tl.load(arriving + tile, mask=mask, other=0.0) + outer, y, NONLINEARITY)
         if HAS_LENGTHS:
             gradient = tl.where(active, gradient, 0.0)
-        gradient = gradient.to(grad_projected.dtype.element_ty)
+        gradient = gradient.to(ELEMENT)
         if tl.program_id(1) == 0:
-            tl.store(grad_projected + tile, gradient, mask=mask)
-        w = tl.load(
-            weight_hh + k.to(tl.int64)[:, None] * weight_size + columns[None, :],
-            mask=(k < weight_size)[:, None] & (columns < weight_size)[None, :],
-            other=0.0,
-        )
+            stream(grad_projected + tile, gradient, mask)
+        w = weight_hh + k.to(tl.int64)[:, None] * weight_size + columns[None, :]
+        w = weight_tile(w, (k < weight_size)[:, None] & (columns < weight_size)[None, :])
         product = tl.dot(gradient, w, acc=product, input_precision=PRECISION)
     tile = row_offset + columns[None, :]
     mask = row_mask[:, None] & (columns < hidden_size)[None, :]
     if HAS_LENGTHS:
-        product = tl.where(active, product, tl.load(carried + tile, mask=mask, other=0.0))
+        product = tl.where(active, product, tl.load(arriving + tile, mask=mask, other=0.0))
     tl.store(following + tile, product, mask=mask)
 
 
@@ -269,25 +293,19 @@ def forward(
     design = choose("rnn", hidden_size, batch, output.dtype, output.device)
     options = {
         "NONLINEARITY": nonlinearity,
+        "REVERSE": reverse,
         "HAS_LENGTHS": lengths is not None,
         "PRECISION": input_precision(output.dtype),
-        **design.constants(),
     }
     if isinstance(design, Resident):
         h_n = torch.empty_like(h_0)
         forward_resident[design.grid(batch, hidden_size)](
-            output, h_0, weight_hh, lengths, h_n, sequence_length, *sizes, REVERSE=reverse, **options
+            output, h_0, weight_hh, lengths, h_n, sequence_length, *sizes, **options, **design.constants()
         )
         return h_n
-    grid = design.grid(batch, hidden_size)
-    previous, spare = h_0, None
-    if lengths is not None:
-        spare = [torch.empty_like(h_0), torch.empty_like(h_0)]
-    for t in reversed(range(sequence_length)) if reverse else range(sequence_length):
-        following = output[t] if spare is None else spare[t % 2]
-        forward_step[grid](output[t], previous, weight_hh, lengths, following, t, *sizes, **options)
-        previous = following
-    return previous.clone()
+    times = order_of_steps(sequence_length, reverse)
+    run_steps(forward_step, design, (output, h_0, weight_hh, lengths), (sequence_length, *sizes), times, **options)
+    return final_state(output, lengths, reverse)
 
 
 def backward(
@@ -309,9 +327,9 @@ def backward(
     design = choose("rnn", hidden_size, batch, output.dtype, output.device)
     options = {
         "NONLINEARITY": nonlinearity,
+        "REVERSE": reverse,
         "HAS_LENGTHS": lengths is not None,
         "PRECISION": input_precision(output.dtype),
-        **design.constants(),
     }
     if isinstance(design, Resident):
         grad_h_0 = torch.empty_like(grad_h_n)
@@ -325,24 +343,12 @@ def backward(
             grad_h_0,
             sequence_length,
             *sizes,
-            REVERSE=reverse,
             **options,
+            **design.constants(),
         )
         return grad_projected, grad_h_0
-    grid = design.grid(batch, hidden_size)
-    carried, following = grad_h_n.float().clone(), torch.empty_like(grad_h_n, dtype=torch.float32)
-    for t in range(sequence_length) if reverse else reversed(range(sequence_length)):
-        backward_step[grid](
-            grad_output[t],
-            output[t],
-            carried,
-            weight_hh,
-            lengths,
-            grad_projected[t],
-            following,
-            t,
-            *sizes,
-            **options,
-        )
-        carried, following = following, carried
-    return grad_projected, carried.to(output.dtype)
+    times = order_of_steps(sequence_length, not reverse)
+    gradient = carried(grad_h_n, times)
+    tensors = grad_output, output, gradient, weight_hh, lengths, grad_projected
+    run_steps(backward_step, design, tensors, (sequence_length, *sizes), times, **options)
+    return grad_projected, left_of(gradient, times, output.dtype)
