@@ -70,13 +70,16 @@ def test_gradients_and_second_gradients_by_finite_differences(options, order):
 
 @pytest.mark.parametrize("order", LENGTHS)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_opcheck(bias, order, operator):
+@pytest.mark.parametrize(
+    ("operator", "recompute_gates"), [*itertools.product(OPERATORS, (False,)), ("gru", True), ("lstm", True)]
+)
+def test_opcheck(bias, order, operator, recompute_gates):
     tensors = arguments(5, 3, 2, 4, torch.float32, bias=bias, operator=operator) + [None] * (0 if bias else 2)
     lengths = order and random_lengths(3, 5, order)
-    options = (lengths, "tanh", False, "eager") if operator == "rnn" else (lengths, False, "eager")
+    options = (lengths, "tanh", False, "eager") if operator == "rnn" else (lengths, False, recompute_gates, "eager")
     torch.library.opcheck(getattr(torch.ops.rnnkernels, operator).default, (*tensors, *options))
-    detached = [tensor.detach() for tensor in tensors[:-2]]
+    detached = [tensor if tensor is None else tensor.detach() for tensor in tensors]
+    detached = detached[:-2] if operator == "rnn" else detached
     grads = torch.randn(5, 3, 4), torch.randn(3, 4), torch.randn(5, 3, 4)
     needs = [True, False, True, False, bias]
     if operator == "gru":

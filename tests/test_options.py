@@ -26,9 +26,20 @@ SCALARS = {
     "identity": {"nonlinearity": "identity"},
     "reset_before": {"reset_after": False},
     "zoneout_cell": {"zoneout_cell": 0.25, "seed": 5},
+    "recompute_gates": {"recompute_gates": True},
 }
 """Options that are numbers or names. All others are made by :func:`case`."""
-SHARED = ("zoneout", "recurrent_dropout", "not training", "grad_clip", "reverse", "lengths", "reset", "no bias")
+SHARED = (
+    "zoneout",
+    "recurrent_dropout",
+    "not training",
+    "grad_clip",
+    "reverse",
+    "lengths",
+    "reset",
+    "no bias",
+    "recompute_gates",
+)
 NAMES = {
     "rnn": (*SHARED, "norm_hh", "relu", "sigmoid", "identity"),
     "gru": (*SHARED, "norm_ih", "norm_hh", "reset_before"),
@@ -70,9 +81,8 @@ ALONE_AND_PAIRS = [
     if together(operator, chosen)
 ]
 EVERYTHING = {
-    "rnn": [n for n in NAMES["rnn"] if n not in {"not training", "no bias", *ACTIVATIONS}],
-    "gru": [n for n in NAMES["gru"] if n not in {"not training", "no bias"}],
-    "lstm": [n for n in NAMES["lstm"] if n not in {"not training", "no bias"}],
+    operator: [n for n in NAMES[operator] if n not in {"not training", "no bias", "recompute_gates", *ACTIVATIONS}]
+    for operator in OPERATORS
 }
 
 
@@ -108,12 +118,14 @@ def test_any_together_match_the_reference_in_float32(drawn):
     assert_parity(tensors, 1e-5, operator, **options)
 
 
+@pytest.mark.parametrize("recompute_gates", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("reverse", [True, False])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_all_together_match_the_reference(operator, reverse, training):
+def test_all_together_match_the_reference(operator, reverse, training, recompute_gates):
     tensors, options = case(operator, EVERYTHING[operator], (17, 3, 9, 33))
-    assert_parity(tensors, 1e-11, operator, **{**options, "reverse": reverse, "training": training})
+    options |= {"reverse": reverse, "training": training, "recompute_gates": recompute_gates}
+    assert_parity(tensors, 1e-11, operator, **options)
 
 
 @pytest.mark.parametrize("names", [(), ("norm_hh",), ("reset_before",)], ids=str)
@@ -321,13 +333,24 @@ def general_arguments(operator, names, dtype=torch.float32):
         *probabilities,
         options.get("training", True),
         float(options.get("grad_clip", math.inf)),
+        options.get("recompute_gates", False),
         "eager",
     )
 
 
 @pytest.mark.parametrize(
     ("operator", "names"),
-    [(o, names) for o in OPERATORS for names in ((), tuple(EVERYTHING[o]), ("zoneout", "lengths"), ("norm_hh",))]
+    [
+        (o, names)
+        for o in OPERATORS
+        for names in (
+            (),
+            tuple(EVERYTHING[o]),
+            (*EVERYTHING[o], "recompute_gates"),
+            ("zoneout", "lengths"),
+            ("norm_hh",),
+        )
+    ]
     + [("lstm", ("projection",)), ("lstm", ("zoneout_cell",)), ("lstm", ("norm_cell",)), ("gru", ("reset_before",))],
     ids=str,
 )
@@ -339,7 +362,7 @@ def test_opcheck(operator, names):
     output, h_n, c_n = trace[:3]
     cotangents = torch.randn_like(output), torch.randn_like(h_n), torch.randn_like(c_n) if operator == "lstm" else None
     backward = torch.ops.rnnkernels.recurrence_backward.default
-    torch.library.opcheck(backward, (*cotangents, list(trace), *detached[1:]))
+    torch.library.opcheck(backward, (*cotangents, list(trace), *detached))
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -9,7 +9,14 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from rnnkernels import ops
 from rnnkernels._backend import autocast_dtype, resolve
 from rnnkernels.kernels.eager import onednn
-from rnnkernels.ops._checks import check_choice, check_grad_clip, check_probability, check_reset, differentiable
+from rnnkernels.ops._checks import (
+    check_choice,
+    check_flag,
+    check_grad_clip,
+    check_probability,
+    check_reset,
+    differentiable,
+)
 from rnnkernels.ops._sequence import transformed
 from rnnkernels.ops.lstm import FEW_STEPS, run_onednn
 
@@ -188,6 +195,7 @@ class Recurrent(SequenceModule, torch.nn.RNNBase):
         layer_norm: bool = False,
         weight_dropout: float = 0.0,
         grad_clip: float | None = None,
+        recompute_gates: bool = False,
         **kwargs,
     ) -> None:
         if "proj_size" in kwargs:  # the LSTM has it by position
@@ -198,6 +206,8 @@ class Recurrent(SequenceModule, torch.nn.RNNBase):
         self.weight_dropout = check_probability("weight_dropout", weight_dropout)
         check_grad_clip(grad_clip)
         self.grad_clip = grad_clip
+        check_flag("recompute_gates", recompute_gates)
+        self.recompute_gates = recompute_gates
         self.layer_norm = layer_norm
         super().__init__(*args, **kwargs)
         like = {"device": self.weight_ih_l0.device, "dtype": self.weight_ih_l0.dtype}
@@ -245,6 +255,7 @@ class Recurrent(SequenceModule, torch.nn.RNNBase):
         "layer_norm": False,
         "weight_dropout": 0.0,
         "grad_clip": None,
+        "recompute_gates": False,
     }
     """Arguments that ``torch.nn`` does not have, and their defaults."""
 
@@ -284,6 +295,7 @@ class Recurrent(SequenceModule, torch.nn.RNNBase):
                     recurrent_dropout=self.recurrent_dropout,
                     zoneout=self.zoneout,
                     grad_clip=self.grad_clip,
+                    recompute_gates=self.recompute_gates,
                     training=self.training,
                     seed=None if seeds is None else seeds.next(),
                 )
@@ -438,6 +450,9 @@ class RNN(Recurrent):
     grad_clip : float, optional
         Bound on each element of the gradients of the activations' arguments, on their way back through time. Default:
         none.
+    recompute_gates : bool
+        Memory against time: whether the backward pass computes again what lies between the states, as the operator
+        says. Default: False.
 
     Raises
     ------
@@ -486,6 +501,7 @@ class RNN(Recurrent):
         layer_norm: bool = False,
         weight_dropout: float = 0.0,
         grad_clip: float | None = None,
+        recompute_gates: bool = False,
         **unknown,
     ) -> None:
         check_choice("nonlinearity", nonlinearity, ops.NONLINEARITIES)
@@ -508,6 +524,7 @@ class RNN(Recurrent):
             layer_norm=layer_norm,
             weight_dropout=weight_dropout,
             grad_clip=grad_clip,
+            recompute_gates=recompute_gates,
             **unknown,
         )
 
@@ -576,6 +593,9 @@ class GRU(Recurrent):
     grad_clip : float, optional
         Bound on each element of the gradients of the activations' arguments, on their way back through time. Default:
         none.
+    recompute_gates : bool
+        Memory against time: whether the backward pass computes the gates again, of all steps at once, rather than keep
+        sequence_length * batch * 4 * hidden_size values for each layer and direction. Default: False.
 
     Raises
     ------
@@ -624,6 +644,7 @@ class GRU(Recurrent):
         layer_norm: bool = False,
         weight_dropout: float = 0.0,
         grad_clip: float | None = None,
+        recompute_gates: bool = False,
         **unknown,
     ) -> None:
         self.reset_after = reset_after
@@ -643,6 +664,7 @@ class GRU(Recurrent):
             layer_norm=layer_norm,
             weight_dropout=weight_dropout,
             grad_clip=grad_clip,
+            recompute_gates=recompute_gates,
             **unknown,
         )
 
@@ -716,6 +738,9 @@ class LSTM(Recurrent):
     grad_clip : float, optional
         Bound on each element of the gradients of the activations' arguments, on their way back through time. Default:
         none.
+    recompute_gates : bool
+        Memory against time: whether the backward pass computes the gates again, of all steps at once, rather than keep
+        sequence_length * batch * 4 * hidden_size values for each layer and direction. Default: False.
 
     Raises
     ------
@@ -769,6 +794,7 @@ class LSTM(Recurrent):
         layer_norm: bool = False,
         weight_dropout: float = 0.0,
         grad_clip: float | None = None,
+        recompute_gates: bool = False,
     ) -> None:
         self.peephole = peephole
         self.zoneout_cell = check_probability("zoneout_cell", zoneout_cell)
@@ -789,6 +815,7 @@ class LSTM(Recurrent):
             layer_norm=layer_norm,
             weight_dropout=weight_dropout,
             grad_clip=grad_clip,
+            recompute_gates=recompute_gates,
         )
 
     _options: ClassVar[dict[str, object]] = {"peephole": False, "zoneout_cell": 0.0, **Recurrent._options}

@@ -53,7 +53,7 @@ def check_lengths(lengths: object, sequence_length: int, batch: int, device: tor
         shortest, longest = (int(bound) for bound in torch.aminmax(lengths))
         if shortest < 1 or longest > sequence_length:
             raise ValueError(f"lengths: expected 1 to {sequence_length} steps, got {shortest} to {longest}")
-    return lengths.to(device)
+    return lengths.to(device).contiguous()
 
 
 def check_reset(reset: object, sequence_length: int, batch: int, device: torch.device) -> Tensor:
@@ -65,6 +65,12 @@ def check_reset(reset: object, sequence_length: int, batch: int, device: torch.d
     if tuple(reset.shape) != (sequence_length, batch):
         raise ValueError(f"reset: expected shape ({sequence_length}, {batch}), got {tuple(reset.shape)}")
     return reset.to(device)
+
+
+def check_flag(name: str, value: object) -> None:
+    """Check that ``value`` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
 
 
 def check_probability(name: str, value: object) -> float:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from rnnkernels import reference
 from rnnkernels._backend import asked_for
-from rnnkernels.kernels.eager.general import previous_states, recurrent_mask
+from rnnkernels.kernels.eager.general import previous_states, recurrent_mask, with_gates
 from rnnkernels.kernels.eager.products import linear
 from rnnkernels.kernels.eager.random import key_of
 from rnnkernels.kernels.recurrence import Recurrence, Trace, Weights
-from rnnkernels.ops._checks import Arguments, check_grad_clip, check_probability, check_seed
+from rnnkernels.ops._checks import Arguments, check_flag, check_grad_clip, check_probability, check_seed
 from rnnkernels.ops._sequence import differentiable_gradients, given, kernels
 
 UNBOUNDED = float("inf")
@@ -53,9 +53,10 @@ def _general(
     zoneout_cell: float,
     training: bool,
     grad_clip: float,
+    recompute_gates: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of :class:`rnnkernels.kernels.recurrence.Trace`; empty tensors for those that are None."""
+    """The fields of :class:`rnnkernels.kernels.recurrence.Trace`; empty tensors for those that are None or not kept."""
     recurrence = _recurrence(
         seed,
         cell,
@@ -73,10 +74,12 @@ def _general(
         trace = kernels(backend, "general").forward(projected, h_0, c_0, weights, lengths, reset, recurrence)
     if trace.new_cells is trace.cells:
         trace = trace._replace(new_cells=None)
+    if recompute_gates:
+        trace = trace._replace(gates=None, new_cells=None, products=None)
     return tuple(projected.new_empty(0) if field is None else field for field in trace)
 
 
-def _fake_trace(projected, h_0, c_0, norm_hh, zoneout_cell, cell):
+def _fake_trace(projected, h_0, c_0, norm_hh, zoneout_cell, cell, recompute_gates):
     steps, batch, width = projected.shape
     hidden_size = width // ROWS[cell]
     nothing = projected.new_empty(0)
@@ -84,15 +87,16 @@ def _fake_trace(projected, h_0, c_0, norm_hh, zoneout_cell, cell):
     if c_0 is not None:
         c_type = torch.promote_types(c_0.dtype, torch.float32)
         cells = projected.new_empty(steps, batch, hidden_size, dtype=c_type)
-        new_cells = torch.empty_like(cells) if zoneout_cell else nothing.clone()
+        new_cells = torch.empty_like(cells) if zoneout_cell and not recompute_gates else nothing.clone()
+    keeps_products = norm_hh is not None and not recompute_gates
     return (
         projected.new_empty(steps, batch, h_0.shape[1]),
         torch.empty_like(h_0, memory_format=torch.contiguous_format),
         nothing.clone() if c_0 is None else torch.empty_like(c_0, memory_format=torch.contiguous_format),
-        projected.new_empty(steps, batch, PARTS[cell] * hidden_size),
+        nothing.clone() if recompute_gates else projected.new_empty(steps, batch, PARTS[cell] * hidden_size),
         cells,
         new_cells.clone(),
-        nothing.clone() if norm_hh is None else torch.empty_like(projected, memory_format=torch.contiguous_format),
+        torch.empty_like(projected, memory_format=torch.contiguous_format) if keeps_products else nothing.clone(),
     )
 
 
@@ -120,9 +124,10 @@ def _(
     zoneout_cell,
     training,
     grad_clip,
+    recompute_gates,
     backend,
 ):
-    return _fake_trace(projected, h_0, c_0, norm_hh, zoneout_cell, cell)
+    return _fake_trace(projected, h_0, c_0, norm_hh, zoneout_cell, cell, recompute_gates)
 
 
 @torch.library.custom_op("rnnkernels::recurrence_backward", mutates_args=())
@@ -131,6 +136,7 @@ def _general_backward(
     grad_h_n: Tensor,
     grad_c_n: Tensor | None,
     trace: list[Tensor],
+    projected: Tensor,
     h_0: Tensor,
     c_0: Tensor | None,
     weight_hh: Tensor,
@@ -152,6 +158,7 @@ def _general_backward(
     zoneout_cell: float,
     training: bool,
     grad_clip: float,
+    recompute_gates: bool,
     backend: str,
 ) -> list[Tensor]:
     """Gradients of the projected input, the states and the weights, in the operator's order; empty for those absent."""
@@ -178,6 +185,8 @@ def _general_backward(
         new_cells if zoneout_cell else None,
         None if norm_hh is None else products,
     )
+    if recompute_gates:
+        kept = with_gates(projected, kept, h_0, c_0, weights, lengths, reset, recurrence)
     with torch.cuda.device_of(output):
         gradients = kernels(backend, "general").backward(
             grad_output, grad_h_n, grad_c_n, kept, h_0, c_0, weights, lengths, reset, recurrence
@@ -287,6 +296,7 @@ def _(
     grad_h_n,
     grad_c_n,
     trace,
+    projected,
     h_0,
     c_0,
     weight_hh,
@@ -323,8 +333,8 @@ _TENSORS = 10
 
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:13], *output)
-    ctx.options = dict(zip(_OPTIONS, inputs[13:-1], strict=True))
-    ctx.backend = inputs[-1]
+    ctx.options = dict(zip(_OPTIONS, inputs[13:-2], strict=True))
+    ctx.recompute_gates, ctx.backend = inputs[-2:]
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
 
@@ -346,14 +356,15 @@ def _backward(ctx, *gradients):
             grad_h_n,
             grad_c_n,
             list(trace),
-            *tensors[1:],
+            *tensors,
             lengths,
             reset,
             seed,
             **ctx.options,
+            recompute_gates=ctx.recompute_gates,
             backend=ctx.backend,
         )
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 13
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 14
 
 
 _general.register_autograd(_backward, setup_context=_setup_context)
@@ -415,6 +426,7 @@ class Options(NamedTuple):
     training: bool
     grad_clip: float
     seed: Tensor | None
+    recompute_gates: bool
 
     @property
     def needed(self) -> bool:
@@ -438,18 +450,25 @@ def check_options(
     training: bool,
     seed: Tensor | int | None,
     grad_clip: float | None,
+    recompute_gates: bool,
     zoneout_cell: float = 0.0,
 ) -> Options:
     """Check the options that all cells share, and draw a seed where masks need one and none is given."""
     recurrent_dropout = check_probability("recurrent_dropout", recurrent_dropout)
     zoneout, zoneout_cell = check_probability("zoneout", zoneout), check_probability("zoneout_cell", zoneout_cell)
-    if not isinstance(training, bool):
-        raise TypeError(f"training: expected a bool, got {type(training).__name__}")
+    check_flag("training", training)
+    check_flag("recompute_gates", recompute_gates)
     recurrent_dropout = recurrent_dropout if training else 0.0
     drawn = training and (recurrent_dropout or zoneout or zoneout_cell)
     checked = check_seed(seed) if drawn or seed is not None else None
     return Options(
-        recurrent_dropout, zoneout, zoneout_cell, training, check_grad_clip(grad_clip), checked if drawn else None
+        recurrent_dropout,
+        zoneout,
+        zoneout_cell,
+        training,
+        check_grad_clip(grad_clip),
+        checked if drawn else None,
+        recompute_gates,
     )
 
 
@@ -496,6 +515,7 @@ def run(
         options.zoneout_cell,
         options.training,
         options.grad_clip,
+        options.recompute_gates,
         _backend_for(arguments),
     )
     return results[: 2 if tensors.get("c_0") is None else 3]

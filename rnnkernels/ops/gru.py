@@ -5,10 +5,12 @@ from torch import Tensor
 
 from rnnkernels import reference
 from rnnkernels.kernels.eager import gru as eager
+from rnnkernels.kernels.eager.general import with_gates
 from rnnkernels.kernels.eager.packing import packing
 from rnnkernels.kernels.eager.packing import recurrent_weight_gradient as eager_weight_gradient
 from rnnkernels.kernels.eager.products import ENOUGH_COLUMNS, by_onednn, linear
 from rnnkernels.kernels.eager.variable_length import reversed_within
+from rnnkernels.kernels.recurrence import Recurrence, Trace, Weights
 from rnnkernels.ops._checks import Arguments, check_recurrent, differentiable
 from rnnkernels.ops._general import Options, check_options, run
 from rnnkernels.ops._sequence import (
@@ -41,6 +43,7 @@ def gru(
     training: bool = True,
     seed: int | Tensor | None = None,
     grad_clip: float | None = None,
+    recompute_gates: bool = False,
 ) -> tuple[Tensor, Tensor]:
     r"""The gated recurrent unit over a whole sequence: one layer, one direction.
 
@@ -76,6 +79,10 @@ def gru(
     grad_clip : float, optional
         Bound on each element of the gradients of the arguments of $\sigma$ and $\tanh$, on their way back through time
         (Graves, arXiv:1308.0850, section 2.1). Default: none.
+    recompute_gates : bool
+        Memory against time: whether the backward pass computes the gates again, of all steps at once, from the states
+        and the input. Between the passes that saves sequence_length * batch * 4 * hidden_size values, and those that
+        ``norm_hh`` adds. Default: False.
 
     Returns
     -------
@@ -103,7 +110,12 @@ def gru(
     (torch.Size([7, 2, 5]), torch.Size([2, 5]))
     """
     options = check_options(
-        recurrent_dropout=recurrent_dropout, zoneout=zoneout, training=training, seed=seed, grad_clip=grad_clip
+        recurrent_dropout=recurrent_dropout,
+        zoneout=zoneout,
+        training=training,
+        seed=seed,
+        grad_clip=grad_clip,
+        recompute_gates=recompute_gates,
     )
     tensors = {"weight_ih": weight_ih, "weight_hh": weight_hh, "bias_ih": bias_ih, "bias_hh": bias_hh}
     norms = {"norm_ih": norm_ih, "norm_hh": norm_hh}
@@ -126,7 +138,9 @@ def gru(
         packs = lengths is not None and input.numel() and not torch.compiler.is_compiling()
         if packs or (lengths is None and not by_onednn(h_0, weight_hh)):
             return _native_forward(**tensors, lengths=arguments.lengths, reverse=reverse)
-    output, h_n, _ = torch.ops.rnnkernels.gru(*tensors.values(), arguments.lengths, reverse, arguments.backend)
+    output, h_n, _ = torch.ops.rnnkernels.gru(
+        *tensors.values(), arguments.lengths, reverse, recompute_gates, arguments.backend
+    )
     return output, h_n
 
 
@@ -181,6 +195,16 @@ def _native_forward(
     return output, rows.unsorted(h_n.squeeze(0))
 
 
+def _projection_bias(bias_ih: Tensor | None, bias_hh: Tensor | None) -> Tensor | None:
+    """What is added to the product with the input."""
+    if bias_hh is None:
+        return bias_ih
+    # That of the candidate's product with the state belongs inside the reset gate; the others can join the input's.
+    hidden_size = bias_hh.shape[0] // 3
+    bias = torch.cat([bias_hh[: 2 * hidden_size], bias_hh.new_zeros(hidden_size)])
+    return bias if bias_ih is None else bias + bias_ih
+
+
 @torch.library.custom_op("rnnkernels::gru", mutates_args=())
 def _gru(
     input: Tensor,
@@ -191,18 +215,15 @@ def _gru(
     bias_hh: Tensor | None,
     lengths: Tensor | None,
     reverse: bool,
+    recompute_gates: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """States, final state, and the buffer of activated gates that the kernels' module describes."""
+    """States, final state, and the buffer of activated gates that the kernels' module describes; empty if not kept."""
     steps, batch, _ = input.shape
     hidden_size = weight_hh.shape[1]
     gates = input.new_empty(steps, batch, 4 * hidden_size)
-    if bias_hh is None:
-        bias = bias_ih
-    else:
-        # That of the candidate's product with the state belongs inside the reset gate; the others can join the input's.
-        bias = torch.cat([bias_hh[: 2 * hidden_size], bias_hh.new_zeros(hidden_size)])
-        bias = bias if bias_ih is None else bias + bias_ih
+    bias = _projection_bias(bias_ih, bias_hh)
+    nothing = input.new_empty(0)
     if backend == "eager":
         rows = packing(lengths, steps, batch)
         packed = rows.packed(input)
@@ -210,22 +231,45 @@ def _gru(
         spare.zero_()
         linear(packed, weight_ih, bias, out=kept[:, hidden_size:])
         states, h_n = eager.forward(kept, rows.sorted(h_0), weight_hh, bias_hh, rows.counts, reverse)
-        return rows.padded(states), rows.unsorted(h_n), gates
+        return rows.padded(states), rows.unsorted(h_n), nothing if recompute_gates else gates
     linear(input.flatten(0, 1), weight_ih, bias, out=gates.flatten(0, 1)[:, hidden_size:])
     with torch.cuda.device_of(input):
         output, h_n = kernels(backend, "gru").forward(gates, h_0, weight_hh, bias_hh, lengths, reverse)
-    return output, h_n, gates
+    return output, h_n, nothing if recompute_gates else gates
 
 
 @_gru.register_fake
-def _(input, h_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse, backend):
+def _(input, h_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse, recompute_gates, backend):
     steps, batch, _ = input.shape
     hidden_size = weight_hh.shape[1]
     return (
         input.new_empty(steps, batch, hidden_size),
         input.new_empty(batch, hidden_size),
-        input.new_empty(steps, batch, 4 * hidden_size),
+        input.new_empty(0) if recompute_gates else input.new_empty(steps, batch, 4 * hidden_size),
     )
+
+
+def _gates_again(
+    output: Tensor,
+    input: Tensor,
+    h_0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    lengths: Tensor | None,
+    reverse: bool,
+) -> Tensor:
+    """The buffer of activated gates, (sequence_length, batch, 4 * hidden_size), from the states."""
+    hidden_size = output.shape[-1]
+    gates = output.new_empty(*output.shape[:2], 4 * hidden_size)
+    projected = gates[..., hidden_size:]
+    flat = gates.flatten(0, 1)[:, hidden_size:]
+    linear(input.flatten(0, 1), weight_ih, _projection_bias(bias_ih, bias_hh), out=flat)
+    weights = Weights(weight_hh, None if bias_hh is None else bias_hh[2 * hidden_size :])
+    trace = Trace(output, h_0, None, gates, None, None, None)
+    recurrence = Recurrence("gru", reverse=reverse)
+    return with_gates(projected, trace, h_0, None, weights, lengths, None, recurrence, gates=gates).gates
 
 
 @torch.library.custom_op("rnnkernels::gru_backward", mutates_args=())
@@ -238,17 +282,22 @@ def _gru_backward(
     h_0: Tensor,
     weight_ih: Tensor,
     weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
     lengths: Tensor | None,
     reverse: bool,
+    recompute_gates: bool,
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, h_0, both weights and both biases; empty where ``needs`` says that nobody asks."""
     hidden_size = output.shape[-1]
+    if recompute_gates:
+        gates = _gates_again(output, input, h_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse)
     rows = packing(lengths if backend == "eager" else None, *input.shape[:2])
     values, first, states = rows.packed(input), rows.sorted(h_0), rows.packed(output)
     if backend == "eager":
-        kept = gates.flatten(0, 1)[: len(values)]
+        kept = rows.packed(gates) if recompute_gates else gates.flatten(0, 1)[: len(values)]
         gradient, grad_h_0 = eager.backward(
             rows.packed(grad_output), rows.sorted(grad_h_n), states, kept, first, weight_hh, rows.counts, reverse
         )
@@ -281,7 +330,8 @@ def _gru_backward(
 
 
 @_gru_backward.register_fake
-def _(grad_output, grad_h_n, output, gates, input, h_0, weight_ih, weight_hh, lengths, reverse, backend, needs):
+def _(grad_output, grad_h_n, output, gates, input, h_0, weight_ih, weight_hh, *biases_and_options, **named):
+    needs = named["needs"] if "needs" in named else biases_and_options[-1]
     bias = weight_hh.shape[:1]
     shapes = (input.shape, h_0.shape, weight_ih.shape, weight_hh.shape, bias, bias)
     kept = (False, True, False, False, False, False)
@@ -291,12 +341,12 @@ def _(grad_output, grad_h_n, output, gates, input, h_0, weight_ih, weight_hh, le
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, reverse, backend = inputs
+    *tensors, reverse, recompute_gates, backend = inputs
     states, final, gates = output
     ctx.mark_non_differentiable(gates)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, states, final, gates)
-    ctx.options = {"reverse": reverse, "backend": backend}
+    ctx.options = {"reverse": reverse, "recompute_gates": recompute_gates, "backend": backend}
 
 
 def _backward(ctx, *gradients):
@@ -309,9 +359,21 @@ def _backward(ctx, *gradients):
         gradients = differentiable_gradients(results, tensors, needs, (grad_output, grad_h_n))
     else:
         gradients = torch.ops.rnnkernels.gru_backward(
-            grad_output, grad_h_n, output, gates, input, h_0, weight_ih, weight_hh, lengths, needs=needs, **ctx.options
+            grad_output,
+            grad_h_n,
+            output,
+            gates,
+            input,
+            h_0,
+            weight_ih,
+            weight_hh,
+            bias_ih,
+            bias_hh,
+            lengths,
+            needs=needs,
+            **ctx.options,
         )
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 4
 
 
 _gru.register_autograd(_backward, setup_context=_setup_context)

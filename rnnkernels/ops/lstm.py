@@ -8,7 +8,9 @@ from torch.nn import functional
 
 from rnnkernels import reference
 from rnnkernels.kernels.eager import onednn
+from rnnkernels.kernels.eager.general import with_gates
 from rnnkernels.kernels.eager.variable_length import padding, reversed_within
+from rnnkernels.kernels.recurrence import Recurrence, Trace, Weights
 from rnnkernels.ops._checks import Arguments, check_recurrent, check_tensor, differentiable
 from rnnkernels.ops._general import Options, check_options, run
 from rnnkernels.ops._sequence import (
@@ -52,6 +54,7 @@ def lstm(
     training: bool = True,
     seed: int | Tensor | None = None,
     grad_clip: float | None = None,
+    recompute_gates: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""The long short-term memory over a whole sequence: one layer, one direction.
 
@@ -97,6 +100,11 @@ def lstm(
     grad_clip : float, optional
         Bound on each element of the gradients of the gates' arguments, on their way back through time [5]_. Default:
         none.
+    recompute_gates : bool
+        Memory against time: whether the backward pass computes the gates again, of all steps at once, from the states
+        and the input. Between the passes that saves sequence_length * batch * 4 * hidden_size values, and those that
+        ``norm_hh`` and ``zoneout_cell`` add. On a CPU the plain LSTM keeps nothing but its arguments then, and runs the
+        forward pass again. Default: False.
 
     Returns
     -------
@@ -139,6 +147,7 @@ def lstm(
         training=training,
         seed=seed,
         grad_clip=grad_clip,
+        recompute_gates=recompute_gates,
     )
     if (norm_cell_weight is None) != (norm_cell_bias is None):
         missing = "norm_cell_weight" if norm_cell_weight is None else "norm_cell_bias"
@@ -175,10 +184,11 @@ def lstm(
     plain = [tensor for name, tensor in tensors.items() if name not in _OF_OPTIONS]
     if arguments.backend == "eager" and tensors["h_0"].numel() and onednn.available(tensors["input"]):
         # While it is compiled or exported, the number of steps must stay open.
-        if not torch.compiler.is_compiling() and lengths is None and len(input) <= FEW_STEPS and differentiable(plain):
+        few = not torch.compiler.is_compiling() and lengths is None and len(input) <= FEW_STEPS
+        if few and not recompute_gates and differentiable(plain):
             return _steps(*plain, reverse)
-        return _native(*plain, arguments.lengths, reverse)
-    return torch.ops.rnnkernels.lstm(*plain, arguments.lengths, reverse, arguments.backend)[:3]
+        return _native(*plain, arguments.lengths, reverse, recompute_gates)
+    return torch.ops.rnnkernels.lstm(*plain, arguments.lengths, reverse, recompute_gates, arguments.backend)[:3]
 
 
 def _with_options(arguments: Arguments, options: Options, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,12 +232,13 @@ def _native(
     bias_hh: Tensor | None,
     lengths: Tensor | None,
     reverse: bool,
+    recompute_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The plain LSTM on oneDNN, with lengths or without."""
     absent = None if bias_ih is not None and bias_hh is not None else weight_ih.new_zeros(weight_ih.shape[0])
     biases = tuple(absent if bias is None else bias for bias in (bias_ih, bias_hh))
     if lengths is None:
-        return _layer(input, h_0, c_0, weight_ih, weight_hh, *biases, reverse)
+        return _layer(input, h_0, c_0, weight_ih, weight_hh, *biases, reverse, recompute_gates)
     order = None
     if reverse:
         # Every sequence starts at its own last step: read each backwards, within its length.
@@ -236,7 +247,8 @@ def _native(
     weights = onednn.weight_that_holds(weight_ih), weight_hh, *biases
     multiplications = input.shape[0] * len(lengths) * (weight_ih.numel() + weight_hh.numel())
     in_parts = len(lengths) >= PARTS and multiplications >= _ENOUGH and not torch.compiler.is_compiling()
-    output, c_n = (_in_parts if in_parts else _at_once)(input, h_0, c_0, weights, lengths)
+    over_time = _in_parts if in_parts else _at_once
+    output, c_n = over_time(input, h_0, c_0, weights, lengths, recompute_gates)
     h_n = output.gather(0, (lengths - 1).view(1, -1, 1).expand(1, *h_0.shape)).squeeze(0)
     if order is not None:
         output = output.gather(0, order.expand_as(output))
@@ -244,10 +256,10 @@ def _native(
 
 
 def _at_once(
-    input: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor], lengths: Tensor
+    input: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor], lengths: Tensor, recompute_gates: bool
 ) -> tuple[Tensor, Tensor]:
     """All states, anything in the padding, and the final cell states."""
-    output, _, c_n = _layer(onednn.hold_in_padding(input, lengths), h_0, c_0, *weights, False)
+    output, _, c_n = _layer(onednn.hold_in_padding(input, lengths), h_0, c_0, *weights, False, recompute_gates)
     return output, c_n
 
 
@@ -259,7 +271,7 @@ _ENOUGH = 1e8
 
 
 def _in_parts(
-    input: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor], lengths: Tensor
+    input: Tensor, h_0: Tensor, c_0: Tensor, weights: Sequence[Tensor], lengths: Tensor, recompute_gates: bool
 ) -> tuple[Tensor, Tensor]:
     """What :func:`_at_once` computes: a part ends where a quarter of the sequences have."""
     batch = len(lengths)
@@ -270,7 +282,7 @@ def _in_parts(
     states, final, start, running = [], [], 0, batch
     for stop in sorted({ends[batch * part // PARTS] for part in range(PARTS)}):
         held = onednn.hold_in_padding(input[start:stop, :running], longest_first[:running] - start)
-        output, _, c = _layer(held, h, c, *weights, False)
+        output, _, c = _layer(held, h, c, *weights, False, recompute_gates)
         states.append(functional.pad(output, (0, 0, 0, batch - running)))
         running = sum(end > stop for end in ends[:running])
         final.append(c[running:])
@@ -297,9 +309,9 @@ def run_onednn(
     return _layer(input, h_0, c_0, *weights, reverse)
 
 
-def _layer(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, reverse):
+def _layer(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, reverse, recompute_gates=False):
     tensors = input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (recompute_gates and differentiable(tensors)):
         return torch.ops.rnnkernels.lstm_onednn(*tensors, reverse)
     return onednn.forward(*tensors, reverse)[:3]
 
@@ -315,10 +327,10 @@ def _lstm_onednn(
     bias_hh: Tensor,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """oneDNN's layer for torch.compile and torch.export.
+    """oneDNN's layer for torch.compile and torch.export, and where the gates are not to be kept.
 
-    They have to know the shape of all that is kept, and only oneDNN knows that of its workspace: the backward pass runs
-    the forward pass again.
+    The first two have to know the shape of all that is kept, and only oneDNN knows that of its workspace. The backward
+    pass runs the forward pass again.
     """
     tensors = input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh
     with torch.no_grad():
@@ -385,24 +397,25 @@ def _lstm(
     bias_hh: Tensor | None,
     lengths: Tensor | None,
     reverse: bool,
+    recompute_gates: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """States, final states, activated gates, and all cell states."""
+    """States, final states, activated gates, empty if not kept, and all cell states."""
     gates = project(input, weight_ih, bias_ih, bias_hh)
     with torch.cuda.device_of(input):
         output, h_n, c_n, cells = kernels(backend, "lstm").forward(gates, h_0, c_0, weight_hh, lengths, reverse)
-    return output, h_n, c_n, gates, cells
+    return output, h_n, c_n, input.new_empty(0) if recompute_gates else gates, cells
 
 
 @_lstm.register_fake
-def _(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse, backend):
+def _(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse, recompute_gates, backend):
     steps, batch, _ = input.shape
     hidden_size = weight_hh.shape[1]
     return (
         input.new_empty(steps, batch, hidden_size),
         input.new_empty(batch, hidden_size),
         input.new_empty(batch, hidden_size),
-        input.new_empty(steps, batch, 4 * hidden_size),
+        input.new_empty(0) if recompute_gates else input.new_empty(steps, batch, 4 * hidden_size),
         input.new_empty(steps, batch, hidden_size, dtype=torch.promote_types(input.dtype, torch.float32)),
     )
 
@@ -420,12 +433,20 @@ def _lstm_backward(
     c_0: Tensor,
     weight_ih: Tensor,
     weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
     lengths: Tensor | None,
     reverse: bool,
+    recompute_gates: bool,
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, both states, both weights and a bias; empty where ``needs`` says that nobody asks."""
+    if recompute_gates:
+        gates = project(input, weight_ih, bias_ih, bias_hh)
+        trace = Trace(output, h_0, c_0, gates, cells, None, None)
+        recurrence = Recurrence("lstm", reverse=reverse)
+        with_gates(gates, trace, h_0, c_0, Weights(weight_hh), lengths, None, recurrence, gates=gates)
     with torch.cuda.device_of(input):
         grad_gates, grad_h_0, grad_c_0 = kernels(backend, "lstm").backward(
             grad_output, grad_h_n, grad_c_n, output, gates, cells, h_0, c_0, weight_hh, lengths, reverse
@@ -452,23 +473,23 @@ def _(grad_output, grad_h_n, grad_c_n, output, gates, cells, input, h_0, c_0, we
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, reverse, backend = inputs
+    *tensors, reverse, recompute_gates, backend = inputs
     *results, gates, cells = output
     ctx.mark_non_differentiable(gates, cells)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *results, gates, cells)
-    ctx.options = {"reverse": reverse, "backend": backend}
+    ctx.options = {"reverse": reverse, "recompute_gates": recompute_gates, "backend": backend}
 
 
 def _backward(ctx, *gradients):
     *tensors, lengths, output, h_n, c_n, gates, cells = ctx.saved_tensors
     grad_output, grad_h_n, grad_c_n = given(gradients, (output, h_n, c_n))
-    input, h_0, c_0, weight_ih, weight_hh, _, _ = tensors
+    input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh = tensors
     needs = list(ctx.needs_input_grad[:7])
     if torch.is_grad_enabled():
         results = reference.lstm(*tensors, reverse=ctx.options["reverse"], lengths=lengths)
         gradients = differentiable_gradients(results, tensors, needs, (grad_output, grad_h_n, grad_c_n))
-        return *gradients, None, None, None
+        return *gradients, *[None] * 4
     *gradients, grad_bias = torch.ops.rnnkernels.lstm_backward(
         grad_output,
         grad_h_n,
@@ -481,13 +502,15 @@ def _backward(ctx, *gradients):
         c_0,
         weight_ih,
         weight_hh,
+        bias_ih,
+        bias_hh,
         lengths,
         needs=[needs[0], needs[3], needs[4], needs[5] or needs[6]],
         **ctx.options,
     )
     # Two parameters must not share the memory of their gradients.
     gradients += [grad_bias, grad_bias.clone() if needs[5] and needs[6] else grad_bias]
-    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 4
 
 
 _lstm.register_autograd(_backward, setup_context=_setup_context)

@@ -40,6 +40,7 @@ def rnn(
     training: bool = True,
     seed: int | Tensor | None = None,
     grad_clip: float | None = None,
+    recompute_gates: bool = False,
 ) -> tuple[Tensor, Tensor]:
     r"""The plain (Elman) RNN over a whole sequence: one layer, one direction.
 
@@ -85,6 +86,9 @@ def rnn(
         device; the backward pass draws them again, so that none is stored. Default: drawn from PyTorch's generator.
     grad_clip : float, optional
         Bound on each element of the gradient of $f$'s argument, on its way back through time [4]_. Default: none.
+    recompute_gates : bool
+        Memory against time: whether the backward pass computes $f$ again, of all steps at once, where an option above
+        makes it differ from the states. The plain RNN keeps its states alone, with or without. Default: False.
 
     Returns
     -------
@@ -127,7 +131,12 @@ def rnn(
     """
     check_choice("nonlinearity", nonlinearity, NONLINEARITIES)
     options = check_options(
-        recurrent_dropout=recurrent_dropout, zoneout=zoneout, training=training, seed=seed, grad_clip=grad_clip
+        recurrent_dropout=recurrent_dropout,
+        zoneout=zoneout,
+        training=training,
+        seed=seed,
+        grad_clip=grad_clip,
+        recompute_gates=recompute_gates,
     )
     weights = {"weight_ih": weight_ih, "weight_hh": weight_hh, "bias_ih": bias_ih, "bias_hh": bias_hh}
     arguments = check_recurrent(1, input=input, h_0=h_0, **weights, norm_hh=norm_hh, lengths=lengths, reset=reset)

@@ -422,6 +422,42 @@ def backward(
     return Gradients(grad_gates, grad_products, grad_states, grad_h.clone(), grad_c_0)
 
 
+def with_gates(
+    projected: Tensor,
+    trace: Trace,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    weights: Weights,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    recurrence: Recurrence,
+    *,
+    gates: Tensor | None = None,
+) -> Trace:
+    """The trace with the gates, new cell states and products that were not kept.
+
+    All states are known, so that every step is computed at once, as one step of a batch of all. ``gates`` is as in
+    :func:`forward`.
+    """
+    cell = _CELLS[recurrence.cell](weights, recurrence)
+    mask = recurrent_mask(h_0, recurrence)
+    h, c, recurrent = previous_states(trace, h_0, c_0, lengths, reset, recurrence, mask)
+    if gates is None:
+        gates = projected.new_empty(*projected.shape[:2], cell.parts * cell.hidden_size)
+    products = None if weights.norm_hh is None else torch.empty_like(projected, memory_format=torch.contiguous_format)
+    rows = (
+        None if tensor is None else tensor.flatten(0, 1) for tensor in (projected, products, gates, recurrent, h, c)
+    )
+    _, new_cells = cell.forward(*rows)
+    new_cells = new_cells.view_as(trace.cells) if recurrence.zoneout_cell else None
+    if lengths is not None:
+        ended = padding(lengths, len(gates))
+        for written in (gates, products, new_cells):
+            if written is not None:
+                written.masked_fill_(ended, 0)
+    return trace._replace(gates=gates, new_cells=new_cells, products=products)
+
+
 def _some(trace: Trace, steps: slice) -> Trace:
     """The trace of some steps."""
     sequences = ("output", "gates", "cells", "new_cells", "products")

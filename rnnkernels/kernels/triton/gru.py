@@ -26,7 +26,7 @@ from rnnkernels.kernels.triton.launch import (
     wait_for_the_step_before,
     weight_tile,
 )
-from rnnkernels.kernels.triton.pointwise import clip, sigmoid, tanh
+from rnnkernels.kernels.triton.pointwise import clip, load_either, sigmoid, tanh
 from rnnkernels.kernels.triton.rnn import RUNTIME
 
 
@@ -181,22 +181,37 @@ def backward_resident(
         offset += (sequence_length - 1) * stride
         part += (sequence_length - 1) * stride * 4
         stride = -stride
-    zero = tl.zeros_like(mask.to(tl.int32))
+    zero = tl.zeros_like(rows)[:, None]
+    last = sequence_length - 1
+    hn_ahead = tl.load(gates + part, mask=mask, other=0.0)
+    r_ahead = tl.load(gates + part + hidden_size, mask=mask, other=0.0)
+    z_ahead = tl.load(gates + part + 2 * hidden_size, mask=mask, other=0.0)
+    n_ahead = tl.load(gates + part + 3 * hidden_size, mask=mask, other=0.0)
+    outer_ahead = tl.load(grad_output + offset, mask=mask, other=0.0)
+    first = zero >= last
+    if HAS_LENGTHS and REVERSE:
+        first = zero >= length - 1
+    previous_ahead = load_either(first, h_0 + tile, output + offset + stride, mask)
     for step in range(sequence_length):
-        first = zero == sequence_length - 1 - step
+        hn, r = hn_ahead.to(tl.float32), r_ahead.to(tl.float32)
+        z, n = z_ahead.to(tl.float32), n_ahead.to(tl.float32)
+        outer, previous = outer_ahead.to(tl.float32), previous_ahead.to(tl.float32)
+        # Asked for a step ahead, so that the memory answers during the products.
+        more = mask & (zero < last - step)
+        following = gates + part + stride * 4
+        hn_ahead = tl.load(following, mask=more, other=0.0)
+        r_ahead = tl.load(following + hidden_size, mask=more, other=0.0)
+        z_ahead = tl.load(following + 2 * hidden_size, mask=more, other=0.0)
+        n_ahead = tl.load(following + 3 * hidden_size, mask=more, other=0.0)
+        outer_ahead = tl.load(grad_output + offset + stride, mask=more, other=0.0)
+        first = zero >= last - 1 - step
         if HAS_LENGTHS:
             if REVERSE:
                 active = step < length
-                first = zero + step == length - 1
+                first = zero + step >= length - 2
             else:
-                active = sequence_length - 1 - step < length
-        hn = tl.load(gates + part, mask=mask, other=0.0).to(tl.float32)
-        r = tl.load(gates + part + hidden_size, mask=mask, other=0.0).to(tl.float32)
-        z = tl.load(gates + part + 2 * hidden_size, mask=mask, other=0.0).to(tl.float32)
-        n = tl.load(gates + part + 3 * hidden_size, mask=mask, other=0.0).to(tl.float32)
-        outer = tl.load(grad_output + offset, mask=mask, other=0.0).to(tl.float32)
-        source = tl.where(first, h_0 + tile, output + offset + stride)
-        previous = tl.load(source, mask=mask & (first | (zero < sequence_length - 1 - step)), other=0.0).to(tl.float32)
+                active = last - step < length
+        previous_ahead = load_either(first, h_0 + tile, output + offset + 2 * stride, more)
         grad_state = carried + outer
         grad_hn, grad_r, grad_z, grad_n = gate_gradients(grad_state, hn, r, z, n, previous, float("inf"))
         if HAS_LENGTHS:

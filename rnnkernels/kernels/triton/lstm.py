@@ -27,7 +27,7 @@ from rnnkernels.kernels.triton.launch import (
     wait_for_the_step_before,
     weight_tile,
 )
-from rnnkernels.kernels.triton.pointwise import clip, sigmoid, tanh
+from rnnkernels.kernels.triton.pointwise import clip, load_either, sigmoid, tanh
 from rnnkernels.kernels.triton.rnn import RUNTIME
 
 
@@ -203,8 +203,7 @@ def backward_resident(
     o_ahead = tl.load(gates + part + 3 * hidden_size, mask=mask, other=0.0)
     outer_ahead = tl.load(grad_output + offset, mask=mask, other=0.0)
     zero = tl.zeros_like(mask.to(tl.int32))
-    source = tl.where(zero < sequence_length - 1, cells + offset + stride, c_0 + tile)
-    previous_ahead = tl.load(source, mask=mask, other=0.0)
+    previous_ahead = load_either(zero >= sequence_length - 1, c_0 + tile, cells + offset + stride, mask)
     for step in range(sequence_length):
         i, f, g, o = i_ahead.to(tl.float32), f_ahead.to(tl.float32), g_ahead.to(tl.float32), o_ahead.to(tl.float32)
         outer, previous = outer_ahead.to(tl.float32), previous_ahead
@@ -216,8 +215,8 @@ def backward_resident(
         g_ahead = tl.load(following + 2 * hidden_size, mask=more, other=0.0)
         o_ahead = tl.load(following + 3 * hidden_size, mask=more, other=0.0)
         outer_ahead = tl.load(grad_output + offset + stride, mask=more, other=0.0)
-        source = tl.where(zero < sequence_length - 2 - step, cells + offset + 2 * stride, c_0 + tile)
-        previous_ahead = tl.load(source, mask=more, other=0.0)
+        first = zero >= sequence_length - 2 - step
+        previous_ahead = load_either(first, c_0 + tile, cells + offset + 2 * stride, more)
         grad_i, grad_f, grad_g, grad_o, onward_c = gate_gradients(carried_h + outer, carried_c, i, f, g, o, previous, c)
         if HAS_LENGTHS:
             if REVERSE:

@@ -46,6 +46,16 @@ def through_activation(gradient, y, NONLINEARITY: tl.constexpr):
 
 
 @triton.jit
+def load_either(first, initial, others, mask):
+    """What ``initial`` points to where ``first``, and what ``others`` point to elsewhere; zero out of the mask.
+
+    Two loads, of which one is off: on AMD's GPUs Triton can't compile a choice between pointers.
+    """
+    at_first = tl.load(initial, mask=mask & first, other=0.0)
+    return tl.where(first, at_first, tl.load(others, mask=mask & (first == 0), other=0.0))
+
+
+@triton.jit
 def clip(x, bound):
     """``x``, between -bound and bound. NaN stays NaN."""
     return tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))
