@@ -12,17 +12,22 @@ from pathlib import Path
 
 import torch
 
-SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
-"""Bytes of shared memory that one program may use: A100, RTX 30, H100."""
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, "gfx942": 64 * 1024}
+"""Bytes of shared memory that one program may use: A100, RTX 30, H100, MI300."""
+
+
+def is_nvidia(capability):
+    """Whether this is a number of NVIDIA's, or a name of AMD's."""
+    return isinstance(capability, int)
 
 
 class _AbsentGPU:
     """A Triton driver that knows its target and nothing else: enough to compile exactly what a launch would."""
 
-    def __init__(self, capability: int):
+    def __init__(self, capability: int | str):
         from triton.backends.compiler import GPUTarget
 
-        self.target = GPUTarget("cuda", capability, 32)
+        self.target = GPUTarget("cuda", capability, 32) if is_nvidia(capability) else GPUTarget("hip", capability, 64)
 
     def get_current_target(self):
         return self.target
@@ -49,7 +54,8 @@ def absent_gpu(capability):
     from rnnkernels.kernels.triton import dispatch
 
     launches = []
-    run, shared_memory, programmatic_launch = JITFunction.run, dispatch.shared_memory, dispatch.programmatic_launch
+    run = JITFunction.run
+    answers = dispatch.shared_memory, dispatch.programmatic_launch, dispatch.on_amd
 
     def compile_only(kernel, *args, grid, warmup, **kwargs):
         launches.append((kernel, run(kernel, *args, grid=grid, warmup=True, **kwargs)))
@@ -57,17 +63,23 @@ def absent_gpu(capability):
     triton.runtime.driver.set_active(_AbsentGPU(capability))
     JITFunction.run = compile_only
     dispatch.shared_memory = lambda device: SHARED_MEMORY[capability]
-    dispatch.programmatic_launch = lambda device: capability >= 90
+    dispatch.programmatic_launch = lambda device: is_nvidia(capability) and capability >= 90
+    dispatch.on_amd = lambda device: not is_nvidia(capability)
     try:
         yield launches
     finally:
-        JITFunction.run, dispatch.shared_memory = run, shared_memory
-        dispatch.programmatic_launch = programmatic_launch
+        JITFunction.run = run
+        dispatch.shared_memory, dispatch.programmatic_launch, dispatch.on_amd = answers
 
 
 def needs(compiled, capability):
     """Shared memory, registers and spills of a compiled kernel."""
-    registers, spilled = _registers_and_spills(compiled.asm["ptx"], capability)
+    if not is_nvidia(capability):
+        counts = dict(re.findall(r"\.([sv]gpr_(?:spill_)?count): +(\d+)", compiled.asm["amdgcn"]))
+        spilled = 4 * (int(counts["vgpr_spill_count"]) + int(counts["sgpr_spill_count"]))
+        registers = int(counts["vgpr_count"])
+    else:
+        registers, spilled = _registers_and_spills(compiled.asm["ptx"], capability)
     return {"shared_memory": compiled.metadata.shared, "registers": registers, "spilled_bytes": spilled}
 
 

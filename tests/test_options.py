@@ -875,3 +875,84 @@ def test_bad_options_of_modules_are_refused_by_name(kind, error, message, option
 def test_other_bad_options_are_refused(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+def saved_bytes(operator, tensors, **options):
+    """What an operator keeps for its backward pass, its arguments apart."""
+    weights = [value for value in options.values() if isinstance(value, torch.Tensor)]
+    with rk.diagnostics.measure_saved_tensors(exclude=[*(t for t in tensors if t is not None), *weights]) as saved:
+        results = getattr(rk.ops, operator)(*tensors, **options)
+    results[0].sum().backward()
+    return saved.current if saved.current else saved.peak
+
+
+@pytest.mark.parametrize("names", [(), ("lengths",), ("reverse",)], ids=str)
+@pytest.mark.parametrize("operator", ["gru", "lstm"])
+def test_recomputed_gates_are_not_kept(operator, names):
+    sizes = sequence_length, batch, _, hidden_size = 11, 3, 2, 5
+    tensors, options = case(operator, names, sizes)
+    kept, recomputed = (saved_bytes(operator, tensors, **options, recompute_gates=choice) for choice in (False, True))
+    assert kept - recomputed == sequence_length * batch * 4 * hidden_size * 8
+
+
+@pytest.mark.parametrize(
+    ("operator", "names", "parts"),
+    [
+        ("rnn", (), 0),
+        ("rnn", ("zoneout",), 1),
+        ("rnn", ("norm_hh",), 2),
+        ("gru", ("zoneout",), 4),
+        ("gru", ("norm_hh",), 7),
+        ("gru", ("reset_before",), 4),
+        ("lstm", ("zoneout",), 4),
+        ("lstm", ("norm_hh", "zoneout_cell"), 9),
+    ],
+    ids=str,
+)
+def test_what_options_add_is_recomputed_too(operator, names, parts):
+    sizes = sequence_length, batch, _, hidden_size = 11, 3, 2, 5
+    tensors, options = case(operator, names, sizes)
+    kept, recomputed = (saved_bytes(operator, tensors, **options, recompute_gates=choice) for choice in (False, True))
+    assert kept - recomputed == sequence_length * batch * parts * hidden_size * 8
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+def test_a_recomputing_lstm_on_onednn_keeps_its_arguments_alone():
+    tensors, _ = case("lstm", (), (11, 3, 2, 5), torch.float32)
+    assert saved_bytes("lstm", tensors) >= 11 * 3 * 5 * 5 * 4
+    assert saved_bytes("lstm", tensors, recompute_gates=True) == 0
+    kept, recomputed = (
+        torch.autograd.grad(rk.ops.lstm(*tensors, recompute_gates=choice)[0].square().sum(), tensors)
+        for choice in (False, True)
+    )
+    for a, b in zip(kept, recomputed, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("names", [(), ("lengths", "reverse"), ("zoneout", "norm_hh")], ids=str)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_recomputed_gates_on_triton_match_the_reference(kernel_device, operator, names):
+    tensors, options = case(operator, names, (5, 3, 2, 5), torch.float32)
+    tensors = [t if t is None else t.detach().to(kernel_device).requires_grad_() for t in tensors]
+    options = {k: v.detach().to(kernel_device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    options = {k: v.requires_grad_() if k.startswith("norm") else v for k, v in options.items()}
+    with rk.use_backend("triton"):
+        assert_parity(tensors, 5e-6, operator, **options, recompute_gates=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_modules_recompute_gates(kind):
+    input = torch.randn(6, 3, 4, dtype=torch.float64)
+    gradients = []
+    for recompute_gates in (False, True):
+        torch.manual_seed(3)
+        options = {"num_layers": 2, "bidirectional": True, "zoneout": 0.2, "recompute_gates": recompute_gates}
+        module = getattr(rk, kind)(4, 5, dtype=torch.float64, **options)
+        module(input)[0].square().sum().backward()
+        gradients.append([parameter.grad for parameter in module.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+    assert "recompute_gates=True" in repr(module)
+    with pytest.raises(TypeError, match="recompute_gates: expected a bool, got int"):
+        getattr(rk, kind)(4, 5, recompute_gates=1)

@@ -261,15 +261,11 @@ def _gates_again(
     reverse: bool,
 ) -> Tensor:
     """The buffer of activated gates, (sequence_length, batch, 4 * hidden_size), from the states."""
-    hidden_size = output.shape[-1]
-    gates = output.new_empty(*output.shape[:2], 4 * hidden_size)
-    projected = gates[..., hidden_size:]
-    flat = gates.flatten(0, 1)[:, hidden_size:]
-    linear(input.flatten(0, 1), weight_ih, _projection_bias(bias_ih, bias_hh), out=flat)
-    weights = Weights(weight_hh, None if bias_hh is None else bias_hh[2 * hidden_size :])
-    trace = Trace(output, h_0, None, gates, None, None, None)
+    projected = linear(input.flatten(0, 1), weight_ih, _projection_bias(bias_ih, bias_hh)).unflatten(0, input.shape[:2])
+    weights = Weights(weight_hh, None if bias_hh is None else bias_hh[2 * output.shape[-1] :])
+    trace = Trace(output, h_0, None, None, None, None, None)
     recurrence = Recurrence("gru", reverse=reverse)
-    return with_gates(projected, trace, h_0, None, weights, lengths, None, recurrence, gates=gates).gates
+    return with_gates(projected, trace, h_0, None, weights, lengths, None, recurrence).gates
 
 
 @torch.library.custom_op("rnnkernels::gru_backward", mutates_args=())

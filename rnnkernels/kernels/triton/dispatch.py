@@ -84,7 +84,10 @@ class Pointwise:
 def multiplication(dtype: torch.dtype) -> str:
     """How products of this type are formed: ``"16-bit"``, ``"tf32"`` or ``"ieee"``.
 
-    float32 follows ``torch.get_float32_matmul_precision()``: "highest" is IEEE arithmetic, "high" and "medium" TF32.
+    float32 follows ``torch.get_float32_matmul_precision()``: "highest" is IEEE arithmetic, "high" and "medium" are TF32
+    (10 bits of each factor), as in PyTorch's own products on a GPU. PyTorch allows bfloat16 (7 bits) for "medium", but
+    its products don't use it there, and a layer should not be less precise than the ``torch.nn`` one that it replaces:
+    who wants 16-bit products has autocast.
     """
     if dtype != torch.float32:
         return "16-bit"
@@ -109,6 +112,9 @@ RESIDENT = {
     ("lstm", "tf32"): {16: (4, 5120), 32: (4, 26624), 64: (8, 86016)},
     ("lstm", "ieee"): {16: (4, 9216), 32: (4, 26624), 64: (8, 86016)},
 }
+
+RESIDENT_ON_AMD = {"rnn": 128, "gru": 32, "lstm": 32}
+"""The largest ``block_hidden`` with which the kernels don't spill on AMD's GPUs (compiled for gfx942)."""
 
 STEP = {
     # (cell, batch is above 64, hidden_size is a multiple of 16): tile. Every one fits the 99 KiB of the smallest GPU.
@@ -138,7 +144,13 @@ def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may use; an H100's where the interpreter stands in for a GPU."""
     if device.type == "cpu":
         return 227 * 1024
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+
+
+def on_amd(device: torch.device) -> bool:
+    """Whether this is one of AMD's GPUs."""
+    return device.type == "cuda" and torch.version.hip is not None
 
 
 @cache
@@ -151,6 +163,8 @@ def choose(cell: str, hidden_size: int, batch: int, dtype: torch.dtype, device: 
     """The design for a recurrence, forward and backward."""
     block_hidden = max(16, triton.next_power_of_2(hidden_size))
     num_warps, needed = RESIDENT[cell, multiplication(dtype)].get(block_hidden, (0, None))
+    if on_amd(device) and block_hidden > RESIDENT_ON_AMD[cell]:
+        needed = None
     if needed is not None and needed <= shared_memory(device):
         return Resident(block_batch=16, block_hidden=block_hidden, num_warps=num_warps)
     return STEP[cell, batch > 64, hidden_size % 16 == 0]
