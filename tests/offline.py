@@ -72,6 +72,49 @@ def absent_gpu(capability):
         dispatch.shared_memory, dispatch.programmatic_launch, dispatch.on_amd = answers
 
 
+class _NothingLaunched:
+    """What stands for a launcher: it keeps what it was called with."""
+
+    def __init__(self, launches):
+        self.launches = launches
+
+    def __call__(self, source, metadata):
+        def launch(*arguments):
+            grid, function = arguments[:3], arguments[4]
+            self.launches.append((function, grid, metadata.launch_pdl, arguments[9:]))
+
+        return launch
+
+
+class _NothingLoaded:
+    """What stands for the functions of a driver."""
+
+    def load_binary(self, name, binary, shared, device):
+        return None, name, 0, 0, 1024
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": SHARED_MEMORY[90]}
+
+
+@contextlib.contextmanager
+def recorded_launches():
+    """Compile for an H100 and launch into a list of (kernel, grid, whether it overlaps, arguments)."""
+    import triton
+
+    from rnnkernels.kernels.triton import dispatch
+
+    launches = []
+    driver = _AbsentGPU(90)
+    driver.launcher_cls, driver.utils = _NothingLaunched(launches), _NothingLoaded()
+    triton.runtime.driver.set_active(driver)
+    answers = dispatch.shared_memory, dispatch.programmatic_launch
+    dispatch.shared_memory, dispatch.programmatic_launch = lambda device: SHARED_MEMORY[90], lambda device: True
+    try:
+        yield launches
+    finally:
+        dispatch.shared_memory, dispatch.programmatic_launch = answers
+
+
 def needs(compiled, capability):
     """Shared memory, registers and spills of a compiled kernel."""
     if not is_nvidia(capability):

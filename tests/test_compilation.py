@@ -215,6 +215,20 @@ def kernels_compiled_for_new_lengths_and_batches(cell):
     return {name: len(hashes) for name, hashes in counts.items()}
 
 
+def launches_of_steps(cell, sequence_length):
+    """Every launch of a forward and a backward pass in steps, as text. Runs in the worker."""
+    import offline
+    import torch
+
+    with offline.recorded_launches() as launches:
+        launch(cell, 1000, 3, torch.bfloat16, *HEAVIEST[cell], sequence_length)
+    shown = {torch.Tensor: lambda table: f"table of {len(table)}"}
+    return [
+        (kernel, grid, overlaps, [shown.get(type(value), repr)(value) for value in arguments])
+        for kernel, grid, overlaps, arguments in launches
+    ]
+
+
 @pytest.fixture(scope="module")
 def workers():
     with pytest.MonkeyPatch.context() as patch:
@@ -284,6 +298,17 @@ def test_a_new_length_or_batch_compiles_nothing(workers, cell):
     counts = workers.submit(kernels_compiled_for_new_lengths_and_batches, cell).result(timeout=600)
     names = "forward_resident", "backward_resident", "forward_step", "backward_step", "write_table"
     assert counts == dict.fromkeys(names, 1)
+
+
+@pytest.mark.parametrize("cell", list(LARGEST_RESIDENT))
+def test_a_compiled_step_is_launched_with_what_triton_would_pass(workers, cell):
+    launches = workers.submit(launches_of_steps, cell, 4).result(timeout=600)
+    for name, direction in (("forward_step", -1), ("backward_step", 1)):  # of a reversed sequence
+        (_, grid, overlaps, first), *others = (launch for launch in launches if launch[0] == name)
+        assert (grid, overlaps, first[:2]) == ((1, 32, 1), True, ["table of 13", "0"])
+        expected = [(name, grid, True, [first[0], repr(direction * step), *first[2:]]) for step in (1, 2, 3)]
+        assert others == expected
+    assert [launch[0] for launch in launches].count("write_table") == 2
 
 
 @pytest.mark.parametrize("case", list(general_cases()), ids=str)

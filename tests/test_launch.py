@@ -9,7 +9,7 @@ import rnnkernels as rk
 pytestmark = pytest.mark.interpreter
 
 OPERATORS = list(GATES)
-CHUNK = 4
+CHUNK = 3
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def results_and_gradients(operator, tensors, **options):
     return [*results, *torch.autograd.grad(results, tensors, [torch.randn_like(result) for result in results])]
 
 
-@pytest.mark.parametrize("sequence_length", [1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 1, 3 * CHUNK])
+@pytest.mark.parametrize("sequence_length", [CHUNK, 2 * CHUNK + 2])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_a_replay_gives_the_bits_of_launches(steps, replays, kernel_device, operator, reverse, sequence_length):
@@ -80,7 +80,7 @@ def test_replayed_steps_match_the_reference(replays, poisoned, kernel_device, op
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_one_graph_serves_every_length_and_batch_and_leaves_earlier_results_alone(replays, kernel_device, operator):
     runs = []
-    for sequence_length, batch in ((2 * CHUNK + 1, 3), (9 * CHUNK, 1), (2 * CHUNK + 1, 16), (CHUNK + 3, 16)):
+    for sequence_length, batch in ((2 * CHUNK + 1, 3), (3 * CHUNK, 1), (CHUNK + 3, 16)):
         tensors = arguments(sequence_length, batch, 2, 5, torch.float32, kernel_device, operator=operator)
         found = results_and_gradients(operator, tensors)
         runs.append((tensors, found, [result.clone() for result in found]))

@@ -941,18 +941,35 @@ def test_recomputed_gates_on_triton_match_the_reference(kernel_device, operator,
         assert_parity(tensors, 5e-6, operator, **options, recompute_gates=True)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_recomputed_gates_are_finite_in_padding(operator, reverse):
+    tensors, options = case(operator, ("lengths", "zoneout"), (5, 3, 2, 4))
+    ended = (torch.arange(5).unsqueeze(1) >= options["lengths"]).unsqueeze(-1)
+    tensors[0] = tensors[0].detach().masked_fill(ended, float("nan")).requires_grad_()
+    for some in (options, {"lengths": options["lengths"]}):
+        results = getattr(rk.ops, operator)(*tensors, **some, reverse=reverse, recompute_gates=True)
+        gradients = torch.autograd.grad(results, tensors, [torch.randn_like(result) for result in results])
+        assert all(gradient.isfinite().all() for gradient in gradients[1:2])
+        assert not gradients[0].masked_fill(~ended, 0).any()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_modules_recompute_gates(kind):
     input = torch.randn(6, 3, 4, dtype=torch.float64)
-    gradients = []
+    gradients, sizes = [], []
     for recompute_gates in (False, True):
         torch.manual_seed(3)
         options = {"num_layers": 2, "bidirectional": True, "zoneout": 0.2, "recompute_gates": recompute_gates}
         module = getattr(rk, kind)(4, 5, dtype=torch.float64, **options)
-        module(input)[0].square().sum().backward()
+        with rk.diagnostics.measure_saved_tensors() as saved:
+            output, _ = module(input)
+        sizes.append(saved.peak)
+        output.square().sum().backward()
         gradients.append([parameter.grad for parameter in module.parameters()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+    assert sizes[0] - sizes[1] == 4 * 6 * 3 * (1 if kind == "RNN" else 4) * 5 * 8
     assert "recompute_gates=True" in repr(module)
     with pytest.raises(TypeError, match="recompute_gates: expected a bool, got int"):
         getattr(rk, kind)(4, 5, recompute_gates=1)

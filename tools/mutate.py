@@ -43,6 +43,8 @@ SUITES = {
         "tests/test_linear_scan.py tests/test_minimal.py",
         "float64_matches or (parts and not bfloat16) or one_part_at_a_time or bound_decides",
     ),
+    "recompute": ("tests/test_options.py", "recompute and not any_together"),
+    "steps": ("tests/test_launch.py", ""),
     "second": (
         "tests/test_ops.py tests/test_options.py",
         "second_gradients",
@@ -320,7 +322,7 @@ MUTATIONS = [
     *of(
         "ops/gru.py",
         "ops",
-        ("gru: bias of the input left out", "bias = bias if bias_ih is None else bias + bias_ih", "bias = bias"),
+        ("gru: bias of the input left out", "return bias if bias_ih is None else bias + bias_ih", "return bias"),
         (
             "gru: gradient of the state's bias not rolled",
             "grad_bias_hh = from_state.sum(0).roll(-hidden_size, 0)",
@@ -637,6 +639,66 @@ MUTATIONS = [
             'if name.startswith("none"):\n                self._reset_added',
         ),
         ("modules: reset_after not passed on", 'return {"reset_after": self.reset_after}', "return {}"),
+    ),
+    *of(
+        "kernels/triton/launch.py",
+        "steps",
+        (
+            "launch: no time passes from graph to graph",
+            "advance[(1,)](table, direction * CHUNK)",
+            "advance[(1,)](table, 0)",
+        ),
+        ("launch: a graph begins a step early", "for step in range(1, CHUNK + 1)", "for step in range(CHUNK)"),
+        ("launch: one graph for both directions", "table.data_ptr(), *widths, direction", "table.data_ptr(), *widths"),
+        ("launch: one graph for all constants", "key = kernel, *constants.items(), grid", "key = kernel, grid"),
+        (
+            "launch: one graph for all hidden sizes",
+            "table.data_ptr(), *widths, direction",
+            "table.data_ptr(), direction",
+        ),
+        ("launch: the last steps left out", "for step in range(1, left + 1)", "for step in range(1, left)"),
+        (
+            "launch: the first gradient where none is read",
+            "both[times[0] % 2] = gradient",
+            "both[1 - times[0] % 2] = gradient",
+        ),
+        ("launch: reverse begins a step early", "time >= length - 1", "time >= length - 2"),
+        ("launch: a final state in padding", "if reverse or lengths is None", "if True"),
+    ),
+    *of(
+        "kernels/eager/general.py",
+        "recompute",
+        ("recompute: the padding as it comes", "written.masked_fill_(ended, 0)", "pass"),
+        (
+            "recompute: new cell states left out",
+            "new_cells.view_as(trace.cells) if recurrence.zoneout_cell",
+            "None if recurrence.zoneout_cell",
+        ),
+    ),
+    *of(
+        "ops/gru.py",
+        "recompute",
+        ("recompute: gru without its bias", "_projection_bias(bias_ih, bias_hh)).unflatten", "None).unflatten"),
+        (
+            "recompute: gru keeps the gates",
+            "return output, h_n, nothing if recompute_gates else gates",
+            "return output, h_n, gates",
+        ),
+    ),
+    *of(
+        "ops/lstm.py",
+        "recompute",
+        ("recompute: lstm keeps the gates", "c_n, input.new_empty(0) if recompute_gates else gates", "c_n, gates"),
+        ("recompute: oneDNN keeps its workspace", "(recompute_gates and differentiable(tensors))", "False"),
+    ),
+    *of(
+        "nn/rnn.py",
+        "recompute",
+        (
+            "modules: recompute_gates not passed on",
+            "recompute_gates=self.recompute_gates,\n                    grad",
+            "grad",
+        ),
     ),
     *of(
         "nn/cells.py",

@@ -294,8 +294,8 @@ class Recurrent(SequenceModule, torch.nn.RNNBase):
                     reset=_seen_from_behind(reset) if reverse and reset is not None else reset,
                     recurrent_dropout=self.recurrent_dropout,
                     zoneout=self.zoneout,
-                    grad_clip=self.grad_clip,
                     recompute_gates=self.recompute_gates,
+                    grad_clip=self.grad_clip,
                     training=self.training,
                     seed=None if seeds is None else seeds.next(),
                 )

@@ -1,8 +1,8 @@
 """Launch a kernel for every step of a recurrence, at little cost to the host.
 
-A launch through Triton's Python takes longer than most steps take on the GPU. So a pass launches its first step that
-way, and then replays a CUDA graph of :data:`CHUNK` steps for as long as so many are left, and launches the rest through
-the compiled kernel.
+Each time, Triton's Python finds out anew what to launch, which costs it several times what the launch of a compiled
+kernel does. So a pass launches its first step that way, then replays a CUDA graph of :data:`CHUNK` steps for as long as
+so many are left, and launches the rest through the compiled kernel.
 
 A graph holds the addresses that it was captured with, and a pass comes with tensors of its own: the kernels find the
 tensors, the sizes and the time through a table in the GPU's memory, which each pass writes anew. So one graph serves

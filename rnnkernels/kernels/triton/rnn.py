@@ -4,6 +4,7 @@ Two designs (``dispatch`` chooses):
 
 - *resident*: one program takes a tile of the batch through all steps, with the whole of W_hh in its shared memory.
 - *step*: one launch a step, whose programs tile (batch, hidden) and stream W_hh from the L2 cache. Fits any size.
+  ``launch`` makes the launches cheap.
 
 Both read the projected input from ``output`` and leave the states there. States pass from step to step in the tensors'
 own type, sums are float32.

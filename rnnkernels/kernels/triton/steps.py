@@ -13,7 +13,7 @@ import triton.language as tl
 from rnnkernels.kernels.eager import random
 from rnnkernels.kernels.triton.gru import gate_gradients, new_state, through_reset, through_state
 from rnnkernels.kernels.triton.lstm import cell_state, through_cell_state, through_output
-from rnnkernels.kernels.triton.pointwise import activate, clip, sigmoid, tanh, through_activation
+from rnnkernels.kernels.triton.pointwise import activate, clip, load_either, sigmoid, tanh, through_activation
 from rnnkernels.kernels.triton.random import dropped
 
 RUNTIME = ("time", "earlier", "earlier_cell", "later", "batch", "key", "zoneout", "zoneout_cell")
@@ -183,10 +183,11 @@ def state_before(h, h_0, reset, lengths, place, earlier):
     """
     time, rows, columns, mask, batch, size = place
     source = h + at(earlier, batch, rows) * size + columns
-    if h_0 is not None:
-        length = tl.load(lengths + rows, mask=rows < batch, other=0)
-        source = tl.where(time == length - 1, h_0 + rows * size + columns, source)
-    before = read(source, mask)
+    if h_0 is None:
+        before = read(source, mask)
+    else:
+        first = time == tl.load(lengths + rows, mask=rows < batch, other=0) - 1
+        before = load_either(first, h_0 + rows * size + columns, source, mask).to(tl.float32)
     return before, tl.where(is_reset(reset, time, rows, batch), 0.0, before)
 
 
