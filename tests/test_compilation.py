@@ -155,6 +155,8 @@ def general_cases():
         for kind, hidden_size in (("bfloat16", 129), ("float32", 4096)):
             yield variant, capability, kind, hidden_size, True, True
         yield variant, capability, "bfloat16", 1000, False, True
+        if capability == CAPABILITIES[0]:
+            yield variant, "gfx942", "bfloat16", 129, True, True
         if everything:
             flags = itertools.product((False, True), repeat=2)
             for kind, size, (norm, options) in itertools.product(("bfloat16", "float32"), (1, 64, 512, 1024), flags):

@@ -82,7 +82,9 @@ def gru(
     recompute_gates : bool
         Memory against time: whether the backward pass computes the gates again, of all steps at once, from the states
         and the input. Between the passes that saves sequence_length * batch * 4 * hidden_size values, and those that
-        ``norm_hh`` adds. Default: False.
+        ``norm_hh`` adds. The layer that
+        runs still holds the product of ``weight_ih`` with all steps of its input:
+        :func:`rnnkernels.training.checkpointed_bptt` bounds that too. Default: False.
 
     Returns
     -------

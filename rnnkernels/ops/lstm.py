@@ -104,7 +104,9 @@ def lstm(
         Memory against time: whether the backward pass computes the gates again, of all steps at once, from the states
         and the input. Between the passes that saves sequence_length * batch * 4 * hidden_size values, and those that
         ``norm_hh`` and ``zoneout_cell`` add. On a CPU the plain LSTM keeps nothing but its arguments then, and runs the
-        forward pass again. Default: False.
+        forward pass again. The layer that
+        runs still holds the product of ``weight_ih`` with all steps of its input:
+        :func:`rnnkernels.training.checkpointed_bptt` bounds that too. Default: False.
 
     Returns
     -------
