@@ -70,10 +70,12 @@ def test_a_replay_gives_the_bits_of_launches(steps, replays, kernel_device, oper
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_replayed_steps_match_the_reference(replays, poisoned, kernel_device, operator):
+def test_replayed_steps_match_the_reference(replays, poisoned, kernel_device, operator, reverse):
     tensors = arguments(3 * CHUNK + 2, 17, 3, 17, torch.float32, kernel_device, operator=operator)
-    assert_parity(tensors, 5e-6, operator)
+    lengths = random_lengths(17, 3 * CHUNK + 2).to(kernel_device)
+    assert_parity(tensors, 5e-6, operator, lengths=lengths, reverse=reverse)
     assert replays == [3, 3]
 
 

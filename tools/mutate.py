@@ -649,12 +649,11 @@ MUTATIONS = [
             "advance[(1,)](table, 0)",
         ),
         ("launch: a graph begins a step early", "for step in range(1, CHUNK + 1)", "for step in range(CHUNK)"),
-        ("launch: one graph for both directions", "table.data_ptr(), *widths, direction", "table.data_ptr(), *widths"),
         ("launch: one graph for all constants", "key = kernel, *constants.items(), grid", "key = kernel, grid"),
         (
             "launch: one graph for all hidden sizes",
-            "table.data_ptr(), *widths, direction",
-            "table.data_ptr(), direction",
+            "table.data_ptr(), *widths\n",
+            "table.data_ptr()\n",
         ),
         ("launch: the last steps left out", "for step in range(1, left + 1)", "for step in range(1, left)"),
         (

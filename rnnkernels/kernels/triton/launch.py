@@ -244,7 +244,7 @@ def run_steps(
         left = sequence_length - 1
         if as_graph and left >= CHUNK:
             advance[(1,)](table, 0)  # loaded before it is captured
-            key = kernel, *constants.items(), grid, table.data_ptr(), *widths, direction
+            key = kernel, *constants.items(), grid, table.data_ptr(), *widths
             replay = kept(_graphs, key, lambda: capture(launch_chunk))
             for _ in range(left // CHUNK):
                 replay()
