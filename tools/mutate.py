@@ -170,13 +170,13 @@ MUTATIONS = [
         ("rnn: derivative of the identity", "torch.ones_like(states)", "torch.zeros_like(states)"),
         (
             "rnn: transposed product backward",
-            "product = Recurrent(weight_hh.t(), len(grad_h_n))",
-            "product = Recurrent(weight_hh, len(grad_h_n))",
+            "product = Recurrent(weight_hh.t(), len(states) / len(counts))",
+            "product = Recurrent(weight_hh, len(states) / len(counts))",
         ),
         (
             "rnn: transposed product forward",
-            "product = Recurrent(weight_hh, len(h_0))",
-            "product = Recurrent(weight_hh.t(), len(h_0))",
+            "product = Recurrent(weight_hh, len(states) / len(counts))",
+            "product = Recurrent(weight_hh.t(), len(states) / len(counts))",
         ),
         (
             "rnn: gradient of the initial state dropped",
@@ -201,8 +201,8 @@ MUTATIONS = [
         "ops",
         (
             "gru: rows not rolled",
-            "product = Recurrent(_rolled(weight_hh), len(h_0))",
-            "product = Recurrent(weight_hh, len(h_0))",
+            "product = Recurrent(_rolled(weight_hh), len(gates) / len(counts))",
+            "product = Recurrent(weight_hh, len(gates) / len(counts))",
         ),
         ("gru: candidate's bias left out", "0 if bias_hh is None else bias_hh[2 * hidden_size :]", "0"),
         ("gru: reset gate left out", "n.addcmul_(r, hn).tanh_()", "n.add_(hn).tanh_()"),
@@ -226,8 +226,8 @@ MUTATIONS = [
         ),
         (
             "gru: transposed product backward",
-            "product = Recurrent(_rolled(weight_hh).t(), len(h_0))",
-            "product = Recurrent(_rolled(weight_hh.roll(1, 1)).t(), len(h_0))",
+            "product = Recurrent(_rolled(weight_hh).t(), len(gates) / len(counts))",
+            "product = Recurrent(_rolled(weight_hh.roll(1, 1)).t(), len(gates) / len(counts))",
         ),
         ("gru: gradient of the initial state dropped", "grad_h_0[:count] = carried", "grad_h_0[:count] = 0"),
         ("gru: off by one in time", "earlier = t + 1 if reverse else t - 1", "earlier = t if reverse else t - 1"),
@@ -584,8 +584,8 @@ MUTATIONS = [
         "second",
         (
             "lstm: second gradients forget the direction",
-            "again = reference.lstm(*tensors, reverse=ctx.reverse)",
-            "again = reference.lstm(*tensors)",
+            "results = reference.lstm(*tensors, reverse=ctx.reverse)",
+            "results = reference.lstm(*tensors)",
         ),
     ),
     *of(

@@ -247,9 +247,7 @@ def _native(
         order = reversed_within(lengths, input.shape[0]).unsqueeze(-1)
         input = input.gather(0, order.expand_as(input))
     weights = onednn.weight_that_holds(weight_ih), weight_hh, *biases
-    multiplications = input.shape[0] * len(lengths) * (weight_ih.numel() + weight_hh.numel())
-    in_parts = len(lengths) >= PARTS and multiplications >= _ENOUGH and not torch.compiler.is_compiling()
-    over_time = _in_parts if in_parts else _at_once
+    over_time = _in_parts if _parts_pay(input, weight_ih, weight_hh) else _at_once
     output, c_n = over_time(input, h_0, c_0, weights, lengths, recompute_gates)
     h_n = output.gather(0, (lengths - 1).view(1, -1, 1).expand(1, *h_0.shape)).squeeze(0)
     if order is not None:
@@ -270,6 +268,13 @@ PARTS = 4
 
 _ENOUGH = 1e8
 """Multiplications from which parts pay (a CPU, 2 threads, torch 2.13)."""
+
+
+def _parts_pay(input: Tensor, weight_ih: Tensor, weight_hh: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # sizes must stay open, and lengths are unknown
+        return False
+    sequence_length, batch, _ = input.shape
+    return batch >= PARTS and sequence_length * batch * (weight_ih.numel() + weight_hh.numel()) >= _ENOUGH
 
 
 def _in_parts(
