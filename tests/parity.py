@@ -146,3 +146,20 @@ def assert_parity(tensors, tolerance, operator="rnn", **options):
         error = relative_error(value, expected[name])
         bound = tolerance + 4 * relative_error(textbook[name], expected[name])
         assert error <= bound, f"{name}: relative error {error:.2e} exceeds {bound:.2e}"
+
+
+def assert_padding_goes_nowhere(operator, tensors, large=1e6, **options):
+    """Hold an operator to the same bits whatever stands behind the end of a sequence, NaN as well."""
+    function, lengths = getattr(rk.ops, operator), torch.tensor([4, 6, 1], device=tensors[0].device)
+    results = function(*tensors, lengths=lengths, **options)
+    cotangents = [torch.randn_like(result) for result in results]
+    expected = [*results, *torch.autograd.grad(results, tensors, cotangents)]
+    for value in (large, float("nan")):
+        input = tensors[0].detach().clone()
+        for b, length in enumerate(lengths.tolist()):
+            cotangents[0][length:, b] = float("nan")
+            input[length:, b] = value
+        others = [input.requires_grad_(), *tensors[1:]]
+        results = function(*others, lengths=lengths, **options)
+        for a, b in zip((*results, *torch.autograd.grad(results, others, cotangents)), expected, strict=True):
+            assert torch.equal(a, b)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from parity import GATES, arguments, assert_parity, random_lengths
+from parity import GATES, arguments, assert_padding_goes_nowhere, assert_parity, random_lengths
 
 import rnnkernels as rk
 
@@ -95,6 +95,13 @@ def test_half_precision_stays_within_its_bound(
 ):
     tensors = arguments(5, 5, 9, hidden_size, dtype, kernel_device, operator=operator)
     assert_parity(tensors, tolerance, operator, **options_on(kernel_device, order, 5, 5))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_what_the_padding_holds_goes_nowhere(design, kernel_device, operator, reverse):
+    tensors = arguments(6, 3, 4, 5, torch.float32, kernel_device, operator=operator)
+    assert_padding_goes_nowhere(operator, tensors, large=9.0, reverse=reverse)  # more overflows the interpreter
 
 
 @pytest.mark.parametrize("matmul_precision", ["highest", "high", "medium"])

@@ -8,7 +8,18 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from parity import GATES, NAMES, arguments, assert_parity, exact, names_of, random_lengths, relative_error
+from parity import (
+    GATES,
+    NAMES,
+    arguments,
+    assert_padding_goes_nowhere,
+    assert_parity,
+    exact,
+    extra_weights,
+    names_of,
+    random_lengths,
+    relative_error,
+)
 
 import rnnkernels as rk
 
@@ -381,19 +392,14 @@ def test_no_sequence_has_to_reach_the_last_step(dtype, reverse, operator):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_what_the_padding_holds_goes_nowhere(dtype, reverse, operator):
-    tensors = arguments(6, 3, 4, 5, dtype, operator=operator)
-    lengths = torch.tensor([4, 6, 1])
-    results = getattr(rk.ops, operator)(*tensors, lengths=lengths, reverse=reverse)
-    cotangents = [torch.randn_like(result) for result in results]
-    expected = [*results, *torch.autograd.grad(results, tensors, cotangents)]
-    input = tensors[0].detach().clone()
-    for b, length in enumerate(lengths):
-        cotangents[0][length:, b] = float("nan")
-        input[length:, b] = 1e6
-    tensors[0] = input.requires_grad_()
-    results = getattr(rk.ops, operator)(*tensors, lengths=lengths, reverse=reverse)
-    for a, b in zip((*results, *torch.autograd.grad(results, tensors, cotangents)), expected, strict=True):
-        assert torch.equal(a, b)
+    assert_padding_goes_nowhere(operator, arguments(6, 3, 4, 5, dtype, operator=operator), reverse=reverse)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_what_the_padding_holds_goes_nowhere_with_options(operator):
+    norms = extra_weights(operator, 5, torch.float32, names=("norm_ih", "norm_hh"))
+    tensors = arguments(6, 3, 4, 5, torch.float32, operator=operator)
+    assert_padding_goes_nowhere(operator, tensors, zoneout=0.3, seed=4, **norms)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

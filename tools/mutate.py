@@ -566,6 +566,11 @@ MUTATIONS = [
         ("onednn: what the padding holds", "input.masked_fill(ended, 0)", "input"),
     ),
     *of(
+        "ops/_sequence.py",
+        "ops",
+        ("padding counts in the weights' gradients", "input.masked_fill(padding(lengths, len(input)), 0)", "input"),
+    ),
+    *of(
         "ops/lstm.py",
         "ops",
         ("lstm: a part starts one step late", "longest_first[:running] - start", "longest_first[:running] - start + 1"),

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 
 from rnnkernels.kernels.eager.products import linear
+from rnnkernels.kernels.eager.variable_length import padding
 
 
 def kernels(backend: str, operator: str) -> ModuleType:
@@ -48,8 +49,16 @@ def project_normalized(
     return sum((bias for bias in biases if bias is not None), projected)
 
 
+def without_padding(input: Tensor, lengths: Tensor | None) -> Tensor:
+    """The input with zeros in the padding: NaN there would meet zeros in sums over all steps, and be NaN in the sum."""
+    return input if lengths is None else input.masked_fill(padding(lengths, len(input)), 0)
+
+
 def projection_gradients(
-    grad_projected: Tensor, input: Tensor, weight_ih: Tensor, needs: tuple[bool, bool, bool]
+    grad_projected: Tensor,
+    input: Tensor,
+    weight_ih: Tensor,
+    needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``input``, ``weight_ih`` and a bias, through :func:`project`; empty where not needed."""
     flat = grad_projected.flatten(0, -2)

@@ -21,6 +21,7 @@ from rnnkernels.ops._sequence import (
     projection_gradients,
     recurrent_weight_gradient,
     transformed,
+    without_padding,
 )
 
 
@@ -155,7 +156,7 @@ def _with_options(arguments: Arguments, options: Options, *, reverse: bool, rese
         inner = outer[2 * hidden_size :]
         outer = torch.cat([outer[: 2 * hidden_size], torch.zeros_like(inner)])
     projected = project_normalized(
-        tensors["input"],
+        without_padding(tensors["input"], arguments.lengths),
         tensors["weight_ih"],
         tensors["norm_ih"],
         (2 * hidden_size, hidden_size),
@@ -304,7 +305,7 @@ def _gru_backward(
             gradient, grad_h_0 = kernels(backend, "gru").backward(
                 grad_output, grad_h_n, output, gates, h_0, weight_hh, lengths, reverse
             )
-        gradient = gradient.flatten(0, 1)
+        gradient, values = gradient.flatten(0, 1), without_padding(input, lengths).flatten(0, 1)
     from_input, from_state = gradient[:, hidden_size:], gradient[:, : 3 * hidden_size]
     if backend == "eager" and hidden_size >= ENOUGH_COLUMNS:
         # On a CPU, products of such size gain from contiguous rows more than the copies cost.

@@ -22,6 +22,7 @@ from rnnkernels.ops._sequence import (
     projection_gradients,
     recurrent_weight_gradient,
     transformed,
+    without_padding,
 )
 
 FEW_STEPS = 2
@@ -197,7 +198,7 @@ def _with_options(arguments: Arguments, options: Options, reverse: bool) -> tupl
     tensors = arguments.tensors
     weight_ih = tensors["weight_ih"]
     projected = project_normalized(
-        tensors["input"],
+        without_padding(tensors["input"], arguments.lengths),
         weight_ih,
         tensors["norm_ih"],
         (weight_ih.shape[0],),
@@ -460,7 +461,7 @@ def _lstm_backward(
         )
     needs_input, needs_weight_ih, needs_weight_hh, needs_bias = needs
     grad_input, grad_weight_ih, grad_bias = projection_gradients(
-        grad_gates, input, weight_ih, (needs_input, needs_weight_ih, needs_bias)
+        grad_gates, without_padding(input, lengths), weight_ih, (needs_input, needs_weight_ih, needs_bias)
     )
     grad_weight_hh = (
         recurrent_weight_gradient(grad_gates, output, h_0, lengths, reverse)

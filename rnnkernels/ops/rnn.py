@@ -17,6 +17,7 @@ from rnnkernels.ops._sequence import (
     projection_gradients,
     recurrent_weight_gradient,
     transformed,
+    without_padding,
 )
 
 NONLINEARITIES = tuple(reference.ACTIVATIONS)
@@ -154,7 +155,9 @@ def rnn(
         biases, inner = [bias for bias in (tensors["bias_ih"], tensors["bias_hh"]) if bias is not None], None
         if norm_hh is not None and biases:  # they are added after the normalization
             inner, biases = sum(biases[1:], biases[0]), []
-        projected = project_normalized(tensors["input"], tensors["weight_ih"], None, (), biases)
+        projected = project_normalized(
+            without_padding(tensors["input"], arguments.lengths), tensors["weight_ih"], None, (), biases
+        )
         return run("rnn", projected, arguments, options, reverse=reverse, bias=inner, nonlinearity=nonlinearity)
     del tensors["norm_hh"]
     return torch.ops.rnnkernels.rnn(
@@ -229,7 +232,9 @@ def _rnn_backward(
         gradient, grad_h_0 = kernels(backend, "rnn").backward(
             grad_output, grad_h_n, output, weight_hh, lengths, nonlinearity, reverse
         )
-    grad_input, grad_weight_ih, grad_bias = projection_gradients(gradient, input, weight_ih, projection_needs)
+    grad_input, grad_weight_ih, grad_bias = projection_gradients(
+        gradient, without_padding(input, lengths), weight_ih, projection_needs
+    )
     if needs_weight_hh:
         grad_weight_hh = recurrent_weight_gradient(gradient, output, h_0, lengths, reverse)
     return grad_input, grad_h_0, grad_weight_ih, grad_weight_hh, grad_bias
