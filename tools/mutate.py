@@ -25,7 +25,7 @@ SUITES = {
     "ops": (
         "tests/test_ops.py",
         "float64_matches or reverse or without_gradients or empty or without_onednn or shorter_self or alone"
-        " or last_step or bias or padding",
+        " or last_step or bias or padding or in_parts",
     ),
     "options": (
         "tests/test_options.py",
