@@ -46,6 +46,8 @@ _METHODS = {
     "Transformer": ("violet", 3),
     "minGRU": ("brown", 4),
     "minLSTM": ("pink", 5),
+    "LSTM with attention": ("brown", 4),
+    "Transformer with notes": ("pink", 5),
     # baselines
     "n-gram": ("grey", 1),
     "persistence": ("grey", 3),
@@ -201,6 +203,29 @@ def style(method):
     else:
         raise ValueError(f"method must be a number or one of {', '.join(map(repr, _METHODS))}; got {method!r}")
     return {"color": COLOURS[colour][0], "linestyle": LINES[line], "marker": MARKERS[line]}
+
+
+def band(ax, x, runs, label, look):
+    """Draw the median over seeds in a band from the smallest to the largest.
+
+    Parameters
+    ----------
+    ax : matplotlib.axes.Axes
+        Where to draw.
+    x : sequence
+        What the curves are drawn against.
+    runs : torch.Tensor or nested sequence, shape (seeds, len(x))
+        One curve per seed.
+    label : str
+        Name of the curve in a legend.
+    look : dict
+        As from :func:`style`.
+    """
+    import torch
+
+    runs = torch.as_tensor(runs).double()
+    ax.plot(x, runs.quantile(0.5, dim=0), label=label, **look)
+    ax.fill_between(x, *runs.aminmax(dim=0), color=look["color"], alpha=0.15, lw=0)
 
 
 def slider(figs, labels, title, alt):

@@ -103,6 +103,8 @@ def test_contrast_of_published_pairs():
 def test_methods_of_one_figure_differ_in_colour_and_line():
     groups = [
         ["RNN", "LSTM", "GRU", "Transformer", "minGRU", "minLSTM"],
+        ["LSTM", "LSTM with attention", "Transformer", "chance"],
+        ["LSTM", "Transformer", "Transformer with notes", "chance"],
         ["tanh", "relu", "sigmoid", "identity"],
         ["rnnkernels", "torch.nn", "reference", "triton"],
         ["RNN", "n-gram", "chance"],
@@ -246,6 +248,18 @@ def test_two_sliders_share_no_id():
     for page, found in zip(pages, ids, strict=True):
         used = [v for _, attrs in page.tags for v in attrs.values() if v and re.match(r"(url\()?#f", v)]
         assert {re.sub(r"url\(|[#)]", "", v) for v in used} == set(found)
+
+
+def test_band_goes_from_the_smallest_to_the_largest_around_the_median():
+    figures.start()
+    fig, ax = plt.subplots()
+    figures.band(ax, [1, 2], [[0, 5], [1, 9], [4, 7], [3, 6]], "LSTM", figures.style("LSTM"))
+    (line,), (area,) = ax.lines, ax.collections
+    assert line.get_ydata().tolist() == [2, 6.5]
+    assert line.get_label() == "LSTM"
+    corners = area.get_paths()[0].vertices
+    assert [set(corners[corners[:, 0] == x, 1]) for x in (1, 2)] == [{0, 4}, {5, 9}]
+    plt.close(fig)
 
 
 def test_slider_has_a_dark_value_for_every_colour_of_the_style():
