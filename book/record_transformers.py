@@ -142,8 +142,8 @@ def input_for(core, length, batch=1):
 def seconds(works, rounds=4, at_least=0.5):
     """The shortest time of each of several functions, which take turns so that a disturbance meets all of them.
 
-    The first round does not count. Short works get more rounds, until ``at_least`` seconds have gone by. One thread on a
-    CPU is measured by the time that the processor gave to it, which other programs do not lengthen.
+    The first round does not count. Short works get more rounds, until ``at_least`` seconds have gone by. One thread on
+    a CPU is measured by the time that the processor gave to it, which other programs do not lengthen.
     """
     alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
     clock = time.process_time if alone else time.perf_counter
@@ -222,8 +222,8 @@ def crossing(lengths, one, other):
     for i, (gap, following) in enumerate(itertools.pairwise(gaps)):
         if gap < 0 <= following:
             part = gap / (gap - following)
-            return f"T ≈ {lengths[i] * (lengths[i + 1] / lengths[i]) ** part:.0f}"
-    return "no length measured" if gaps[-1] < 0 else "the first length measured"
+            return f"at T ≈ {lengths[i] * (lengths[i + 1] / lengths[i]) ** part:.0f}"
+    return "beyond the lengths measured" if gaps[-1] < 0 else "below the lengths measured"
 
 
 # ----------------------------------------------------------------------------------------------------------- records
