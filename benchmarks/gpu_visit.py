@@ -185,16 +185,12 @@ def forced(operator: str, design) -> Iterator[None]:
 
 
 def designs_for(case: dict, device: torch.device, *batches: int) -> list:
-    """The design that the dispatch chooses, and what it has for one launch a step, at this batch and at others."""
+    """The designs that fit, the dispatch's choice first, and what it has for one launch a step at other batches."""
     from rnnkernels.kernels.triton import dispatch
 
-    def choose(batch):
-        return dispatch.choose(case["operator"], case["hidden_size"], batch, getattr(torch, case["dtype"]), device)
-
-    found = [choose(case["batch"])]
-    with mock.patch.object(dispatch, "RESIDENT", {key: {} for key in dispatch.RESIDENT}):
-        found += [choose(batch) for batch in (case["batch"], *batches)]
-    return list(dict.fromkeys(found))
+    operator, hidden_size, dtype = case["operator"], case["hidden_size"], getattr(torch, case["dtype"])
+    found = dispatch.designs(operator, hidden_size, case["batch"], dtype, device)
+    return list(dict.fromkeys(found + [dispatch.step_design(operator, hidden_size, batch) for batch in batches]))
 
 
 @contextlib.contextmanager

@@ -9,11 +9,15 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, "gfx942": 64 * 1024}
 """Bytes of shared memory that one program may use: A100, RTX 30, H100, MI300."""
+
+MULTIPROCESSORS = {80: 108, 86: 82, 90: 132, "gfx942": 304}
+"""Of an A100, an RTX 3090, an H100 and an MI300X."""
 
 
 def is_nvidia(capability):
@@ -51,25 +55,24 @@ def absent_gpu(capability):
     import triton
     from triton.runtime.jit import JITFunction
 
-    from rnnkernels.kernels.triton import dispatch
+    from rnnkernels.kernels.triton import dispatch, persistent
 
     launches = []
     run = JITFunction.run
-    answers = dispatch.shared_memory, dispatch.programmatic_launch, dispatch.on_amd
 
     def compile_only(kernel, *args, grid, warmup, **kwargs):
         launches.append((kernel, run(kernel, *args, grid=grid, warmup=True, **kwargs)))
 
     triton.runtime.driver.set_active(_AbsentGPU(capability))
-    JITFunction.run = compile_only
-    dispatch.shared_memory = lambda device: SHARED_MEMORY[capability]
-    dispatch.programmatic_launch = lambda device: is_nvidia(capability) and capability >= 90
-    dispatch.on_amd = lambda device: not is_nvidia(capability)
-    try:
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(dispatch, "shared_memory", return_value=SHARED_MEMORY[capability]),
+        mock.patch.object(dispatch, "multiprocessors", return_value=MULTIPROCESSORS[capability]),
+        mock.patch.object(dispatch, "programmatic_launch", return_value=is_nvidia(capability) and capability >= 90),
+        mock.patch.object(dispatch, "on_amd", return_value=not is_nvidia(capability)),
+        mock.patch.object(persistent, "concurrent", return_value=True),
+    ):
         yield launches
-    finally:
-        JITFunction.run = run
-        dispatch.shared_memory, dispatch.programmatic_launch, dispatch.on_amd = answers
 
 
 class _NothingLaunched:
@@ -142,6 +145,22 @@ def _registers_and_spills(ptx, capability):
         ).stderr
     stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report).groups()
     return int(re.search(r"Used (\d+) registers", report).group(1)), max(int(stores), int(loads))
+
+
+def synchronization(ptx):
+    """What the first loop of a kernel does with memory, in order: ``cg`` (a load past the L1 cache), ``ld``, ``st``,
+    ``release``, ``acquire``, and ``bar`` for a barrier of its threads."""
+    words = {
+        r"ld\.global\.cg": "cg",
+        r"(ld|atom)\.global\S*\.acquire": "acquire",
+        r"(red|atom)\.global\S*\.release": "release",
+        r"bar\.sync": "bar",
+        r"ld\.global": "ld",
+        r"st\.global": "st",
+    }
+    loop = re.search(r"(\$L__BB\w+):\s+// =>This Loop Header: Depth=1(.*?)bra\s+\1;", ptx, re.DOTALL)[2]
+    hits = (hit[0] for hit in re.finditer("|".join(words), loop))
+    return " ".join(next(word for pattern, word in words.items() if re.match(pattern, hit)) for hit in hits)
 
 
 def staged_in_loop(ttgir, shape):

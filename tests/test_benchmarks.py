@@ -507,7 +507,7 @@ def test_a_rehearsal_goes_through_every_part(tmp_path, conform):
     assert found["-tests.json"]["cases"] == [{"name": "tests/test_main.py::test_relative_error", "status": "passed"}]
     for ending in ("-kernels.json", "-designs.json"):
         designs = {(case["operator"], case.get("design", "").partition("(")[0]) for case in found[ending]["cases"]}
-        assert designs >= set(itertools.product(("rnn", "gru", "lstm"), ("Resident", "Step")))
+        assert designs >= set(itertools.product(("rnn", "gru", "lstm"), ("Resident", "Persistent", "Step")))
     options = {(case["operator"], case["option"]) for case in found["-kernels.json"]["cases"] if case.get("option")}
     assert options == {(operator, option) for operator in OPERATORS for option in options_of(operator, 3, 2, 5)}
     assert {case["status"] for case in found["-kernels.json"]["cases"]} == {"agrees"}
@@ -569,8 +569,8 @@ def test_a_design_is_forced(visit, operator, kernel_device):
     from rnnkernels.kernels.triton import dispatch
 
     kernels, case = visit.triton_kernels(operator), {"operator": operator, "batch": 4, "hidden_size": 6}
-    resident, step = visit.designs_for({**case, "dtype": "float32"}, kernel_device)
-    assert (type(resident), type(step)) == (dispatch.Resident, dispatch.Step)
+    resident, persistent, step = visit.designs_for({**case, "dtype": "float32"}, kernel_device)
+    assert [type(d) for d in (resident, persistent, step)] == [dispatch.Resident, dispatch.Persistent, dispatch.Step]
     with visit.forced(operator, step):
         assert kernels.choose(operator, 6, 4, torch.float32, kernel_device) == step
         assert rk._backend._selected == "triton"

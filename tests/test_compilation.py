@@ -6,9 +6,12 @@ with all of them.
 """
 
 import concurrent.futures
+import contextlib
 import itertools
 import multiprocessing
 import os
+import re
+from unittest import mock
 
 import pytest
 
@@ -18,6 +21,8 @@ pytestmark = [pytest.mark.offline, pytest.mark.slow]
 
 CAPABILITIES = (80, 90)
 MAX_SPILLED_BYTES = 32
+MAX_BARRIERS = 40
+"""Of the threads of a program in a step of the persistent design."""
 TYPES = {"bfloat16": "highest", "float16": "highest", "float32 ieee": "highest", "float32 tf32": "high"}
 LARGEST_RESIDENT = {
     "rnn": {"bfloat16": 256, "float16": 256, "float32 ieee": 64, "float32 tf32": 128},
@@ -32,6 +37,13 @@ OPTIONS = {
 OF_LAUNCHES = ("write_table", "advance")
 """Kernels that are there to launch others."""
 HEAVIEST = {"rnn": ("tanh", True, True), "gru": ("bias", True, True), "lstm": ("plain", True, True)}
+
+PERSISTENT_ELSEWHERE = {
+    80: {("rnn", "16-bit"): (2048, (16, 32)), ("gru", "tf32"): (512, (32, 16)), ("lstm", "16-bit"): (512, (16, 32))},
+    86: {("rnn", "16-bit"): (512, (16, 64)), ("gru", "16-bit"): (768, (16, 16)), ("lstm", "ieee"): (256, (16, 16))},
+    "gfx942": dict.fromkeys(itertools.product(("rnn", "gru", "lstm"), ["ieee"]), (128, (16, 16))),
+}
+"""Rows of the persistent design that are compiled for other GPUs than an H100 as well."""
 
 EVERY_OPTION = {"recurrent_dropout": 0.3, "zoneout": 0.2, "grad_clip": 1.0, "reverse": True, "key": 2**62 + 1}
 GENERAL = {
@@ -62,6 +74,32 @@ def cases():
                 # The direction of time changes no tile: one of the two will do, but for the heaviest.
                 if everything or options == HEAVIEST[cell] or not options[1]:
                     yield cell, capability, kind, hidden_size, batch, options
+
+
+def persistent_cases():
+    """(cell, capability, type, inner_size, tile, hidden_size, (variant, reverse, has lengths)) of the persistent rows.
+
+    By default each row is compiled once for an H100, at the worst hidden size that it takes.
+    """
+    from rnnkernels.kernels.triton import dispatch
+
+    everything = os.environ.get("RNNKERNELS_COMPILE_ALL") == "1"
+    kinds = {"16-bit": ("bfloat16", "float16") if everything else ("bfloat16",), "tf32": ("float32 tf32",)}
+    for (cell, multiplication), sizes in dispatch.PERSISTENT.items():
+        for inner_size, tile in ((size, tile) for size, tiles in sizes.items() for tile in tiles):
+            worst = inner_size - (not dispatch.needs_aligned_rows(cell, multiplication, inner_size, tile))
+            for kind in kinds.get(multiplication, ("float32 ieee",)):
+                for hidden_size in (worst, inner_size) if everything and worst < inner_size else (worst,):
+                    for options in OPTIONS[cell] if everything else [HEAVIEST[cell]]:
+                        yield cell, 90, kind, inner_size, tile, hidden_size, options
+    for capability, rows in PERSISTENT_ELSEWHERE.items():
+        for (cell, multiplication), (inner_size, tile) in rows.items():
+            kind = kinds.get(multiplication, ("float32 ieee",))[0]
+            yield cell, capability, kind, inner_size, tile, inner_size, HEAVIEST[cell]
+
+
+def multiplication_of(kind):
+    return "16-bit" if "16" in kind else kind.split()[1]
 
 
 def launch(cell, hidden_size, batch, dtype, variant="tanh", reverse=False, has_lengths=False, sequence_length=2):
@@ -183,7 +221,7 @@ def compile_case(case):
 
     cell, capability, kind, hidden_size, batch, options = case
     torch.set_float32_matmul_precision(TYPES[kind])
-    with offline.absent_gpu(capability) as launches:
+    with offline.absent_gpu(capability) as launches, without("PERSISTENT"):
         launch(cell, hidden_size, batch, getattr(torch, kind.split()[0]), *options)
     found = {}
     for kernel, compiled in launches:
@@ -202,14 +240,54 @@ def compile_case(case):
     return found
 
 
+def without(*tables):
+    """Choose no design of these tables. Runs in the worker."""
+    from rnnkernels.kernels.triton import dispatch
+
+    stack = contextlib.ExitStack()
+    for table in tables:
+        empty = {key: {} for key in getattr(dispatch, table)}
+        stack.enter_context(mock.patch.object(dispatch, table, empty))
+    return stack
+
+
+def compile_persistent(case):
+    """What the kernels of a forward and a backward pass need, by name. Runs in the worker."""
+    import importlib
+
+    import offline
+    import torch
+
+    from rnnkernels.kernels.triton import dispatch
+
+    cell, capability, kind, inner_size, (block_batch, block_hidden), hidden_size, options = case
+    torch.set_float32_matmul_precision(TYPES[kind])
+    block_inner = dispatch.inner_block(inner_size, multiplication_of(kind))
+    design = dispatch.Persistent(block_batch, block_hidden, block_inner, inner_size // block_inner)
+    module = importlib.import_module(f"rnnkernels.kernels.triton.{cell}")
+    with offline.absent_gpu(capability) as launches, mock.patch.object(module, "choose", return_value=design):
+        launch(cell, hidden_size, block_batch, getattr(torch, kind.split()[0]), *options)
+    found = {}
+    for kernel, compiled in launches:
+        needs = found[kernel.__name__] = offline.needs(compiled, capability)
+        needs["cooperative"] = compiled.metadata.launch_cooperative_grid
+        split = f"{design.num_warps}x{block_inner // design.num_warps}x{block_hidden}"
+        staged = offline.staged_in_loop(compiled.asm["ttgir"], split)
+        # Where a split has as many units as the tile has rows, what is exchanged looks like the weights.
+        needs["weights staged in loop"] = 0 if block_inner // design.num_warps == block_batch else staged
+        if offline.is_nvidia(capability):
+            needs["loop"] = offline.synchronization(compiled.asm["ptx"])
+    return found
+
+
 def kernels_compiled_for_new_lengths_and_batches(cell):
     """How many kernels a GPU would compile for many lengths and batches of one size. Runs in the worker."""
     import offline
     import torch
 
     counts = {}
-    for hidden_size in (32, 512):
-        with offline.absent_gpu(90) as launches:
+    for hidden_size, tables in ((32, ()), (512, ()), (512, ("PERSISTENT",))):
+        with offline.absent_gpu(90) as launches, without(*tables):
             for sequence_length, batch in ((1, 1), (2, 16), (17, 3), (16, 64), (33, 1)):
                 launch(cell, hidden_size, batch, torch.bfloat16, sequence_length=sequence_length)
         for kernel, compiled in launches:
@@ -222,7 +300,7 @@ def launches_of_steps(cell, sequence_length):
     import offline
     import torch
 
-    with offline.recorded_launches() as launches:
+    with offline.recorded_launches() as launches, without("PERSISTENT"):
         launch(cell, 1000, 3, torch.bfloat16, *HEAVIEST[cell], sequence_length)
     shown = {torch.Tensor: lambda table: f"table of {len(table)}"}
     return [
@@ -252,6 +330,11 @@ def compiled_for_others(workers):
 
 
 @pytest.fixture(scope="module")
+def compiled_persistent(workers):
+    return {case: workers.submit(compile_persistent, case) for case in persistent_cases()}
+
+
+@pytest.fixture(scope="module")
 def compiled_general(workers):
     return {case: workers.submit(compile_general, case) for case in general_cases()}
 
@@ -276,7 +359,7 @@ def test_it_compiles_and_fits(compiled, case):
         if hidden_size % 16 == 0 and not resident:  # else the addresses in the table are not known to be aligned
             assert needs["unaligned"] == 0, (name, needs)
     if resident:
-        multiplication = "16-bit" if "16" in kind else kind.split()[1]
+        multiplication = multiplication_of(kind)
         block = max(16, 1 << (hidden_size - 1).bit_length())
         _, promised = dispatch.RESIDENT[cell, multiplication][block]
         assert max(needs["shared_memory"] for needs in found.values()) <= promised
@@ -297,11 +380,37 @@ def test_it_fits_other_gpus(compiled_for_others, case):
         assert needs["shared_memory"] <= offline.SHARED_MEMORY[gpu], (name, needs)
 
 
+@pytest.mark.parametrize("case", list(persistent_cases()), ids=str)
+def test_persistent_kernels_compile_and_fit(compiled_persistent, case):
+    import offline
+
+    from rnnkernels.kernels.triton import dispatch
+
+    cell, capability, kind, inner_size, tile, *_ = case
+    found = compiled_persistent[case].result(timeout=600)
+    assert sorted(found) == ["backward_persistent", "forward_persistent"]
+    for name, needs in found.items():
+        assert needs["cooperative"], name
+        assert needs["weights staged in loop"] == 0, (name, needs)
+        assert needs["shared_memory"] <= offline.SHARED_MEMORY[capability], (name, needs)
+        if offline.is_nvidia(capability):
+            assert needs["spilled_bytes"] <= MAX_SPILLED_BYTES, (name, needs)
+            # One barrier over the grid a step; what is exchanged is stored before it and read past the L1 after it.
+            assert needs["loop"].count("release") == needs["loop"].count("acquire") == 1, (name, needs)
+            order = r"(cg |bar )+(st |bar )+bar release (st |ld |bar )+acquire (bar ?)+"
+            assert re.fullmatch(order, needs["loop"]), (name, needs)
+            assert needs["loop"].count("bar") <= MAX_BARRIERS, (name, needs)
+    if capability == 90:
+        promised = dispatch.PERSISTENT[cell, multiplication_of(kind)][inner_size][tile]
+        assert max(needs["shared_memory"] for needs in found.values()) <= promised
+
+
 @pytest.mark.parametrize("cell", list(LARGEST_RESIDENT))
 def test_a_new_length_or_batch_compiles_nothing(workers, cell):
     counts = workers.submit(kernels_compiled_for_new_lengths_and_batches, cell).result(timeout=600)
-    names = "forward_resident", "backward_resident", "forward_step", "backward_step", "write_table"
-    assert counts == dict.fromkeys(names, 1)
+    designs = "resident", "persistent", "step"
+    names = [f"{direction}_{design}" for design in designs for direction in ("forward", "backward")]
+    assert counts == dict.fromkeys([*names, "write_table"], 1)
 
 
 @pytest.mark.parametrize("cell", list(LARGEST_RESIDENT))

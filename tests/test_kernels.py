@@ -23,8 +23,8 @@ def design(request, monkeypatch, kernel_device):
     """Run everything in the test by this design, on Triton."""
     from rnnkernels.kernels.triton import dispatch
 
-    if request.param == "step":
-        monkeypatch.setattr(dispatch, "RESIDENT", {key: {} for key in dispatch.RESIDENT})
+    for table in ("PERSISTENT",) if request.param == "resident" else ("PERSISTENT", "RESIDENT"):
+        monkeypatch.setattr(dispatch, table, {key: {} for key in getattr(dispatch, table)})
     with rk.use_backend("triton"):
         yield request.param
 
@@ -208,6 +208,7 @@ def test_the_table_chooses_what_fits(kernel_device):
     def choose(hidden_size, dtype, shared_memory, cell="rnn"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dispatch, "shared_memory", lambda device: shared_memory)
+            patch.setattr(dispatch, "COOPERATIVE", False)
             return type(dispatch.choose(cell, hidden_size, 8, dtype, torch.device("cuda"))).__name__
 
     h100, a100, rtx = 227 * 1024, 163 * 1024, 99 * 1024

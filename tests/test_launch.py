@@ -17,7 +17,8 @@ def steps(monkeypatch, kernel_device):
     """The module that launches steps, with every recurrence in that design and chunks of a few steps."""
     from rnnkernels.kernels.triton import dispatch, launch
 
-    monkeypatch.setattr(dispatch, "RESIDENT", {key: {} for key in dispatch.RESIDENT})
+    for table in ("PERSISTENT", "RESIDENT"):
+        monkeypatch.setattr(dispatch, table, {key: {} for key in getattr(dispatch, table)})
     monkeypatch.setattr(launch, "CHUNK", CHUNK)
     launch._graphs.clear()
     with rk.use_backend("triton"):

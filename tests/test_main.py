@@ -152,11 +152,12 @@ def test_a_gpu_is_described_with_the_designs_of_its_kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(report, "driver_version", lambda: "580.1")
     monkeypatch.setattr(dispatch, "shared_memory", lambda device: 227 * 1024)
+    monkeypatch.setattr(dispatch, "multiprocessors", lambda device: 132)
     lines = list(report._device_lines())
     assert lines[1] == "cuda:0  NVIDIA H200, capability 9.0, 140 GiB, 132 multiprocessors, driver 580.1"
     designs = {line.split()[2].rstrip(","): line for line in report._designs() if line.startswith("rnn")}
-    assert "resident for 16, 32, 64, 128, 256; step for 512, 1024" in designs["bfloat16"]
-    assert "resident for 16, 32, 64; step for 128, 256, 512, 1024" in designs["float32"]
+    assert "resident for 16, 32, 64, 128, 256; persistent for 512, 1024" in designs["bfloat16"]
+    assert "resident for 16, 32, 64; persistent for 128, 256, 512, 1024" in designs["float32"]
     assert "rnn  cuda:0  float32, bfloat16, float16: triton" in list(report._implementations())
 
 

@@ -49,6 +49,7 @@ SUITES = {
         "tests/test_ops.py tests/test_options.py",
         "second_gradients",
     ),
+    "persistent": ("tests/test_persistent.py", "(direction and unsorted) or a_process or (every_size and 129)"),
 }
 """What to run: files, and pytest's -k."""
 
@@ -712,6 +713,82 @@ MUTATIONS = [
             "new = reference.lstm_cell(input, *hx,",
             "new = reference.lstm_cell(input, *hx[::-1],",
         ),
+    ),
+    *of(
+        "kernels/triton/barrier.py",
+        "persistent",
+        ("persistent: nobody is waited for", '"acquire", scope="gpu") < target:', '"acquire", scope="gpu") < 0:'),
+        ("persistent: each arrives twice", "tl.atomic_add(counter, 1,", "tl.atomic_add(counter, 2,"),
+    ),
+    *of(
+        "kernels/triton/persistent.py",
+        "persistent",
+        (
+            "persistent: the first chunk twice",
+            "ahead = tl.load(source + (chunk + 1) * BLOCK_INNER,",
+            "ahead = tl.load(source + chunk * BLOCK_INNER,",
+        ),
+        (
+            "persistent: half of the splits",
+            "tl.arange(0, SPLITS)[:, None] * size",
+            "tl.arange(0, SPLITS)[:, None] // 2 * size",
+        ),
+        ("persistent: the first step from behind", "return length == time + 1", "return length == time"),
+        (
+            "persistent: no first time",
+            "return (tl.zeros_like(length) + time >= 0) & (time < length)",
+            "return time < length",
+        ),
+        ("persistent: the state before the last", "exchange[(steps - 1) % 2,", "exchange[steps % 2,"),
+    ),
+    *of(
+        "kernels/triton/rnn.py",
+        "persistent",
+        (
+            "persistent rnn: one slot for all steps",
+            "tl.store(target + step % 2 * slot_size, h, mask=mask)",
+            "tl.store(target + (step + 1) % 2 * slot_size, h, mask=mask)",
+        ),
+        (
+            "persistent rnn: the gradient not carried through the padding",
+            "grad_h = tl.where(active, 0.0, grad_h)\n        tl.store(target",
+            "grad_h = tl.where(active, 0.0, 0.0)\n        tl.store(target",
+        ),
+    ),
+    *of(
+        "kernels/triton/gru.py",
+        "persistent",
+        (
+            "persistent gru: z carries nothing back",
+            "grad_h = tl.where(active, grad_state * z.to(tl.float32), grad_h)",
+            "grad_h = tl.where(active, 0.0, grad_h)",
+        ),
+        (
+            "persistent gru: gates exchanged",
+            "weights = load_weights(weight_hh + 2 * matrix,",
+            "weights = load_weights(weight_hh + matrix,",
+        ),
+        ("persistent gru: no bias inside the reset gate", "hn = tl.sum(hn, axis=0) + bias", "hn = tl.sum(hn, axis=0)"),
+    ),
+    *of(
+        "kernels/triton/lstm.py",
+        "persistent",
+        (
+            "persistent lstm: the cell state goes on in the padding",
+            "        h = tl.where(active, new, h)\n        c = tl.where(active, new_c, c)",
+            "        h = tl.where(active, new, h)\n        c = new_c",
+        ),
+        (
+            "persistent lstm: the initial cell state a step late",
+            "previous = load_either(zero == sequence_length - 2 - step,",
+            "previous = load_either(zero == sequence_length - 1 - step,",
+        ),
+        (
+            "persistent lstm: the cell state's gradient in the padding",
+            "grad_c = tl.where(active, onward_c, grad_c)",
+            "grad_c = onward_c",
+        ),
+        ("persistent lstm: gates exchanged", "g, o = sum_two(g, o)", "o, g = sum_two(g, o)"),
     ),
     *of(
         "ops/rnn.py",

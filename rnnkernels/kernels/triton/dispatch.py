@@ -4,6 +4,8 @@ Resource figures come from offline compilation (Triton 3.7), which ``tests/test_
 No row has been timed on a GPU yet.
 """
 
+import math
+import os
 from dataclasses import dataclass
 from functools import cache
 
@@ -29,6 +31,44 @@ class Resident:
     def constants(self) -> dict[str, int]:
         """What a launch passes of this."""
         return {"BLOCK_BATCH": self.block_batch, "BLOCK_HIDDEN": self.block_hidden, "num_warps": self.num_warps}
+
+
+@dataclass(frozen=True)
+class Persistent:
+    """One cooperative launch; a group of programs takes a tile of the batch through all steps, the recurrent weights
+    spread over their shared memories, and waits at a barrier after every step."""
+
+    block_batch: int
+    """Rows of the batch in a group."""
+    block_hidden: int
+    """Hidden units in a program."""
+    block_inner: int
+    """Hidden units of the previous step that it takes at a time."""
+    chunks: int
+    """How many times it does."""
+    num_warps: int = 8
+    """Warps in a program, which divide the sums over the hidden units of the previous step among them."""
+
+    @property
+    def inner_size(self) -> int:
+        """``hidden_size`` with the padding of the products."""
+        return self.chunks * self.block_inner
+
+    def grid(self, batch: int, hidden_size: int) -> tuple[int, int]:
+        """Groups, and programs in each."""
+        return triton.cdiv(batch, self.block_batch), triton.cdiv(hidden_size, self.block_hidden)
+
+    def constants(self) -> dict[str, int]:
+        """What a launch passes of this."""
+        return {
+            "BLOCK_BATCH": self.block_batch,
+            "BLOCK_HIDDEN": self.block_hidden,
+            "BLOCK_INNER": self.block_inner,
+            "CHUNKS": self.chunks,
+            "SPLITS": self.num_warps,
+            "num_warps": self.num_warps,
+            "num_stages": 1,  # what is exchanged must not be loaded ahead of the barrier
+        }
 
 
 @dataclass(frozen=True)
@@ -59,6 +99,9 @@ class Step:
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
         }
+
+
+Design = Resident | Persistent | Step
 
 
 @dataclass(frozen=True)
@@ -120,6 +163,77 @@ RESIDENT = {
 RESIDENT_ON_AMD = {"rnn": 128, "gru": 32, "lstm": 32}
 """The largest ``block_hidden`` with which the kernels don't spill on AMD's GPUs (compiled for gfx942)."""
 
+PERSISTENT = {
+    # (cell, multiplication): {inner_size: {(block_batch, block_hidden): bytes that the larger kernel needs}}
+    # A hidden size takes the next inner_size, and there the first tile of which every program finds a multiprocessor.
+    # Tiles of 16 rows come first, the least that tensor cores multiply: 32 rows are twice the work at the product and
+    # at the exchange, and let twice the batch in. Then those of 16 units, which share a product among the most
+    # programs: with more units groups are smaller, and more of them fit. 8 units are for weights that fit in no other
+    # way. Above the last size nothing fits, or nothing was looked for (rnn, ieee).
+    ("rnn", "16-bit"): {
+        512: {(16, 16): 32768, (16, 32): 49152, (16, 64): 98304, (32, 32): 65536},
+        768: {(16, 16): 40960, (16, 32): 65536, (16, 64): 131072},
+        1024: {(16, 16): 65536, (16, 32): 98304, (16, 64): 163840},
+        1536: {(16, 16): 81920, (16, 32): 131072, (16, 64): 229376},
+        2048: {(16, 16): 98304, (16, 32): 163840, (32, 32): 196608},
+    },
+    ("rnn", "tf32"): {
+        256: {(16, 16): 32768, (16, 32): 49152},
+        512: {(16, 16): 65536, (16, 32): 98304},
+        1024: {(16, 16): 98304, (32, 16): 131072},
+        2048: {(16, 16): 163840},
+    },
+    ("rnn", "ieee"): {
+        128: {(16, 16): 16384},
+        256: {(16, 16): 32768},
+        512: {(16, 16): 65536},
+        1024: {(16, 16): 98304},
+    },
+    ("gru", "16-bit"): {
+        128: {(16, 16): 28672},
+        256: {(16, 16): 40960, (16, 32): 81920, (32, 32): 114688},
+        384: {(16, 16): 53248, (16, 32): 106496},
+        512: {(16, 16): 81920, (16, 32): 131072},
+        768: {(16, 16): 90112, (16, 32): 180224, (32, 16): 106496},
+        1024: {(16, 16): 131072, (16, 32): 229376, (32, 16): 163840},
+        1536: {(16, 16): 180224},
+        2048: {(16, 16): 229376},
+    },
+    ("gru", "tf32"): {
+        128: {(16, 16): 40960},
+        256: {(16, 16): 81920, (32, 16): 114688},
+        512: {(16, 16): 131072, (32, 16): 163840},
+        768: {(16, 8): 106496},
+        1024: {(16, 8): 131072},
+    },
+    ("gru", "ieee"): {
+        128: {(16, 16): 40960},
+        256: {(16, 16): 81920},
+        512: {(16, 16): 131072},
+    },
+    ("lstm", "16-bit"): {
+        128: {(16, 16): 32768},
+        256: {(16, 16): 49152, (16, 32): 98304, (32, 32): 131072},
+        384: {(16, 16): 65536, (16, 32): 131072, (32, 32): 163840},
+        512: {(16, 16): 98304, (16, 32): 163840, (32, 32): 196608},
+        768: {(16, 16): 114688, (16, 32): 229376, (32, 16): 131072},
+        1024: {(16, 16): 163840, (32, 16): 196608},
+        1536: {(16, 16): 229376},
+    },
+    ("lstm", "tf32"): {
+        128: {(16, 16): 49152},
+        256: {(16, 16): 98304, (32, 16): 131072},
+        512: {(16, 16): 163840, (32, 16): 196608},
+        768: {(16, 8): 131072},
+        1024: {(16, 8): 163840},
+    },
+    ("lstm", "ieee"): {
+        128: {(16, 16): 49152},
+        256: {(16, 16): 98304},
+        512: {(16, 16): 163840},
+    },
+}
+
 STEP = {
     # (cell, batch is above 64, hidden_size is a multiple of 16): tile. Every one fits the 99 KiB of the smallest GPU.
     ("rnn", False, True): Step(block_batch=16, block_hidden=32, block_inner=64, num_warps=4, num_stages=3),
@@ -143,6 +257,16 @@ LARGEST_ROW = 4096
 """Hidden units that one program can normalize: at twice as many, the LSTM spills thousands of bytes."""
 
 
+def _is_on(value: str) -> bool:
+    if value not in ("on", "off"):
+        raise ValueError(f"environment variable RNNKERNELS_COOPERATIVE: expected 'on' or 'off', got {value!r}")
+    return value == "on"
+
+
+COOPERATIVE = _is_on(os.environ.get("RNNKERNELS_COOPERATIVE", "on"))
+"""Whether the persistent design may be chosen. The environment variable is for a GPU or a driver that can't do it."""
+
+
 @cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may use; an H100's where the interpreter stands in for a GPU."""
@@ -163,15 +287,75 @@ def programmatic_launch(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9,)
 
 
-def choose(cell: str, hidden_size: int, batch: int, dtype: torch.dtype, device: torch.device) -> Resident | Step:
-    """The design for a recurrence, forward and backward."""
-    block_hidden = max(16, triton.next_power_of_2(hidden_size))
-    num_warps, needed = RESIDENT[cell, multiplication(dtype)].get(block_hidden, (0, None))
-    if on_amd(device) and block_hidden > RESIDENT_ON_AMD[cell]:
-        needed = None
-    if needed is not None and needed <= shared_memory(device):
-        return Resident(block_batch=16, block_hidden=block_hidden, num_warps=num_warps)
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Programs that can run at once with all of a multiprocessor each; an H100's where the interpreter stands in."""
+    if device.type == "cpu":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_refused: set[torch.device] = set()
+
+
+def refuse(device: torch.device) -> None:
+    """Choose no design that needs a cooperative launch on this device from now on."""
+    _refused.add(device)
+
+
+def step_design(cell: str, hidden_size: int, batch: int) -> Step:
+    """The design that needs nothing but a GPU."""
     return STEP[cell, batch > 64, hidden_size % 16 == 0]
+
+
+def inner_block(inner_size: int, kind: str) -> int:
+    """Units of the previous step that the persistent design takes at a time: as many as registers allow."""
+    return min(inner_size & -inner_size, 512 if kind == "16-bit" else 256)
+
+
+def needs_aligned_rows(cell: str, kind: str, inner_size: int, tile: tuple[int, int]) -> bool:
+    """Whether a persistent tile takes multiples of 16 hidden units only.
+
+    Rows off a 16-byte bound are read and written element by element, for which a large tile lacks registers.
+    """
+    return tile[0] * tile[1] > 512 or (cell, kind, inner_size, tile) == ("lstm", "16-bit", 768, (16, 32))
+
+
+def _resident(cell: str, hidden_size: int, kind: str, device: torch.device) -> Resident | None:
+    block_hidden = max(16, triton.next_power_of_2(hidden_size))
+    num_warps, needed = RESIDENT[cell, kind].get(block_hidden, (0, None))
+    too_large = on_amd(device) and block_hidden > RESIDENT_ON_AMD[cell]
+    if needed is None or too_large or needed > shared_memory(device):
+        return None
+    return Resident(block_batch=16, block_hidden=block_hidden, num_warps=num_warps)
+
+
+def _persistent(cell: str, hidden_size: int, batch: int, kind: str, device: torch.device) -> Persistent | None:
+    if not COOPERATIVE or on_amd(device) or device in _refused:
+        return None  # AMD: the kernels compile, but the L2 caches of its chiplets do not share what is exchanged
+    sizes = PERSISTENT[cell, kind]
+    inner_size = min((size for size in sizes if size >= hidden_size), default=0)
+    block_inner = inner_block(inner_size, kind)
+    for (block_batch, block_hidden), needed in sizes.get(inner_size, {}).items():
+        design = Persistent(block_batch, block_hidden, block_inner, inner_size // block_inner)
+        if hidden_size % 16 and needs_aligned_rows(cell, kind, inner_size, (block_batch, block_hidden)):
+            continue
+        if needed <= shared_memory(device) and math.prod(design.grid(batch, hidden_size)) <= multiprocessors(device):
+            return design
+    return None
+
+
+def designs(cell: str, hidden_size: int, batch: int, dtype: torch.dtype, device: torch.device) -> list[Design]:
+    """The designs for a recurrence that fit the device, at most one of each kind, the chosen one first."""
+    kind = multiplication(dtype)
+    resident = _resident(cell, hidden_size, kind, device)
+    persistent = _persistent(cell, hidden_size, batch, kind, device) if batch else None
+    return [*filter(None, (resident, persistent)), step_design(cell, hidden_size, batch)]
+
+
+def choose(cell: str, hidden_size: int, batch: int, dtype: torch.dtype, device: torch.device) -> Design:
+    """The design for a recurrence, forward and backward."""
+    return designs(cell, hidden_size, batch, dtype, device)[0]
 
 
 def pointwise(size: int, whole_rows: bool) -> Pointwise:

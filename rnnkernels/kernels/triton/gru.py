@@ -1,4 +1,4 @@
-"""The gated recurrent unit's recurrence on a GPU, in the two designs of ``rnnkernels.kernels.triton.rnn``.
+"""The gated recurrent unit's recurrence on a GPU, in the three designs of ``rnnkernels.kernels.triton.rnn``.
 
 ``gates`` is the buffer that ``rnnkernels.kernels.eager.gru`` describes: W_hn h + b_hn, r, z, n side by side.
 The weights come as three square matrices, for r, z and n, padded with zeros to a multiple of 16 rows and columns.
@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from rnnkernels.kernels.eager.variable_length import order_of_steps
-from rnnkernels.kernels.triton.dispatch import Resident, choose, input_precision
+from rnnkernels.kernels.triton.barrier import arrive, wait
+from rnnkernels.kernels.triton.dispatch import Persistent, Resident, choose, input_precision, step_design
 from rnnkernels.kernels.triton.launch import RUNTIME as STEP
 from rnnkernels.kernels.triton.launch import (
     at,
@@ -25,6 +26,23 @@ from rnnkernels.kernels.triton.launch import (
     stream,
     wait_for_the_step_before,
     weight_tile,
+)
+from rnnkernels.kernels.triton.persistent import (
+    COUNTER_STRIDE,
+    empty_exchange,
+    exchange_from,
+    exchange_places,
+    is_active,
+    is_first,
+    launch,
+    length_of,
+    load_parts,
+    load_weights,
+    multiply,
+    state_after,
+    store_parts,
+    sum_two,
+    time_of,
 )
 from rnnkernels.kernels.triton.pointwise import clip, load_either, sigmoid, tanh
 from rnnkernels.kernels.triton.rnn import RUNTIME
@@ -385,6 +403,186 @@ def backward_step(
     tl.store(following + tile, onward, mask=mask)
 
 
+@triton.jit(do_not_specialize=RUNTIME)
+def forward_persistent(
+    gates,
+    weight_hh,
+    bias_n,
+    lengths,
+    output,
+    exchange,
+    counters,
+    first_step,
+    last_step,
+    sequence_length,
+    batch,
+    hidden_size,
+    weight_size,
+    REVERSE: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BARRIER: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Steps from ``first_step`` up to ``last_step``. What comes before the first, ``exchange`` holds."""
+    rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
+    columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+    counter = counters + tl.program_id(0) * COUNTER_STRIDE
+    mask = (rows < batch)[:, None] & (columns < hidden_size)[None, :]
+    length = length_of(lengths, rows, batch, sequence_length, HAS_LENGTHS)
+    row_offset = rows.to(tl.int64)[:, None] * hidden_size
+    matrix = weight_size * weight_size
+    weight_r = load_weights(weight_hh, columns, weight_size, 1, weight_size, SPLITS, BLOCK_INNER, CHUNKS)
+    weight_z = load_weights(weight_hh + matrix, columns, weight_size, 1, weight_size, SPLITS, BLOCK_INNER, CHUNKS)
+    weight_n = load_weights(weight_hh + 2 * matrix, columns, weight_size, 1, weight_size, SPLITS, BLOCK_INNER, CHUNKS)
+    source, target, slot_size = exchange_places(exchange, rows, columns, 1, BLOCK_BATCH, BLOCK_INNER, CHUNKS, SPLITS)
+    nothing = tl.zeros((SPLITS, BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
+    bias = tl.zeros((BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
+    if HAS_BIAS:
+        bias += tl.load(bias_n + columns, mask=columns < hidden_size, other=0.0).to(tl.float32)[None, :]
+
+    stride = tl.cast(batch, tl.int64) * hidden_size
+    start = time_of(first_step, sequence_length, REVERSE) * stride
+    if REVERSE:
+        stride = -stride
+    states = output + row_offset + columns[None, :] + start
+    parts = gates + row_offset * 4 + columns[None, :] + start * 4
+    zero = tl.zeros_like(mask.to(tl.int32))
+    h = tl.load(target + (first_step + 1) % 2 * slot_size, mask=mask, other=0.0)
+    projected_r, projected_z, projected_n = load_parts(parts + hidden_size, hidden_size, mask, 3)
+    for step in range(first_step, last_step):
+        r, z, hn = nothing, nothing, nothing
+        previous = source + (step + 1) % 2 * slot_size
+        # Past the L1 cache, which may hold what was there two steps ago.
+        ahead = tl.load(previous, cache_modifier=".cg")
+        for chunk in tl.static_range(CHUNKS):
+            x = ahead
+            if chunk + 1 < CHUNKS:
+                ahead = tl.load(previous + (chunk + 1) * BLOCK_INNER, cache_modifier=".cg")
+            r = tl.dot(x, weight_r[chunk], acc=r, input_precision=PRECISION)
+            z = tl.dot(x, weight_z[chunk], acc=z, input_precision=PRECISION)
+            hn = tl.dot(x, weight_n[chunk], acc=hn, input_precision=PRECISION)
+        r, z = sum_two(r, z)
+        hn = tl.sum(hn, axis=0) + bias
+        r, z = sigmoid(projected_r.to(tl.float32) + r), sigmoid(projected_z.to(tl.float32) + z)
+        n = tanh(projected_n.to(tl.float32) + r * hn)
+        new = new_state(z, n, h.to(tl.float32)).to(h.dtype)
+        active = is_active(time_of(step, sequence_length, REVERSE), length)
+        h = tl.where(active, new, h)
+        tl.store(target + step % 2 * slot_size, h, mask=mask)
+        if BARRIER:
+            arrive(counter)
+        # While the others arrive: what they need not wait for, and what the next step needs besides.
+        tl.store(states, tl.where(active, new, 0.0), mask=mask)
+        store_parts(parts, hidden_size, (hn, r, z, n), mask)
+        states += stride
+        parts += stride * 4
+        more = mask & (zero < sequence_length - 1 - step)
+        projected_r, projected_z, projected_n = load_parts(parts + hidden_size, hidden_size, more, 3)
+        if BARRIER:
+            wait(counter, (step + 1) * tl.num_programs(1))
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def backward_persistent(
+    grad_output,
+    output,
+    gates,
+    h_0,
+    weight_hh,
+    lengths,
+    grad_gates,
+    carried,
+    exchange,
+    counters,
+    first_step,
+    last_step,
+    sequence_length,
+    batch,
+    hidden_size,
+    weight_size,
+    REVERSE: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    BARRIER: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Steps back from ``first_step`` up to ``last_step``; after the last of the sequence, one that only multiplies.
+
+    ``carried`` takes the float32 gradient of the state from launch to launch.
+    """
+    rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
+    columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+    counter = counters + tl.program_id(0) * COUNTER_STRIDE
+    mask = (rows < batch)[:, None] & (columns < hidden_size)[None, :]
+    length = length_of(lengths, rows, batch, sequence_length, HAS_LENGTHS)
+    row_offset = rows.to(tl.int64)[:, None] * hidden_size
+    tile = row_offset + columns[None, :]
+    matrix = weight_size * weight_size
+    # In the order of the first three parts: W_hn h, r, z.
+    weights = load_weights(weight_hh + 2 * matrix, columns, weight_size, weight_size, 1, SPLITS, BLOCK_INNER, CHUNKS)
+    weights += load_weights(weight_hh, columns, weight_size, weight_size, 1, SPLITS, BLOCK_INNER, CHUNKS)
+    weights += load_weights(weight_hh + matrix, columns, weight_size, weight_size, 1, SPLITS, BLOCK_INNER, CHUNKS)
+    source, target, slot_size = exchange_places(exchange, rows, columns, 3, BLOCK_BATCH, BLOCK_INNER, CHUNKS, SPLITS)
+    nothing = tl.zeros((SPLITS, BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
+    grad_h = tl.load(carried + tile, mask=mask, other=0.0)
+
+    # The steps run against the order of the forward pass.
+    stride = tl.cast(batch, tl.int64) * hidden_size
+    time = time_of(first_step, sequence_length, not REVERSE)
+    offset = tile + time * stride
+    part = row_offset * 4 + columns[None, :] + time * stride * 4
+    if not REVERSE:
+        stride = -stride
+    active = mask & is_active(time, length)
+    hn, r, z, n = load_parts(gates + part, hidden_size, active, 4)
+    outer = tl.load(grad_output + offset, mask=active, other=0.0)
+    previous = load_either(is_first(time, length, REVERSE), h_0 + tile, output + offset + stride, active)
+    for step in range(first_step, last_step):
+        grad_h += multiply(source + (step + 1) % 2 * slot_size, weights, nothing, BLOCK_INNER, PRECISION)
+        grad_state = grad_h + outer.to(tl.float32)
+        grad_hn, grad_r, grad_z, grad_n = gate_gradients(
+            grad_state,
+            hn.to(tl.float32),
+            r.to(tl.float32),
+            z.to(tl.float32),
+            n.to(tl.float32),
+            previous.to(tl.float32),
+            float("inf"),
+        )
+        grad_h = tl.where(active, grad_state * z.to(tl.float32), grad_h)
+        grad_hn = tl.where(active, grad_hn, 0.0)
+        grad_r = tl.where(active, grad_r, 0.0)
+        grad_z = tl.where(active, grad_z, 0.0)
+        grad_n = tl.where(active, grad_n, 0.0)
+        multiplied = grad_hn, grad_r, grad_z  # by the weights, on the way to the state before
+        store_parts(target + step % 2 * slot_size, CHUNKS * BLOCK_INNER, multiplied, mask)
+        if BARRIER:
+            arrive(counter)
+        # While the others arrive: what they need not wait for, and what the next step needs besides.
+        within = mask & (tl.zeros_like(length) + step < sequence_length)
+        store_parts(grad_gates + part, hidden_size, (grad_hn, grad_r, grad_z, grad_n), within)
+        offset += stride
+        part += stride * 4
+        time = time_of(step + 1, sequence_length, not REVERSE)
+        active = mask & is_active(time, length)
+        hn, r, z, n = load_parts(gates + part, hidden_size, active, 4)
+        outer = tl.load(grad_output + offset, mask=active, other=0.0)
+        previous = load_either(is_first(time, length, REVERSE), h_0 + tile, output + offset + stride, active)
+        if BARRIER:
+            wait(counter, (step + 1) * tl.num_programs(1))
+    tl.store(carried + tile, grad_h, mask=mask)
+
+
 def _squares(weight_hh: Tensor) -> Tensor:
     """The weights as (3, size, size), with zeros up to a multiple of 16."""
     hidden_size = weight_hh.shape[1]
@@ -409,13 +607,19 @@ def forward(
     h_0, weights = h_0.contiguous(), _squares(weight_hh.contiguous())
     bias_n = None if bias_hh is None else bias_hh[2 * hidden_size :].contiguous()
     sizes = batch, hidden_size, weights.shape[-1]
-    design = choose("gru", hidden_size, batch, gates.dtype, gates.device)
     options = {
         "REVERSE": reverse,
         "HAS_LENGTHS": lengths is not None,
         "HAS_BIAS": bias_n is not None,
         "PRECISION": input_precision(gates.dtype),
     }
+    design = choose("gru", hidden_size, batch, gates.dtype, gates.device)
+    if isinstance(design, Persistent):
+        exchange = exchange_from(design, h_0)
+        tensors, all_sizes = (gates, weights, bias_n, lengths, output, exchange), (sequence_length, *sizes)
+        if launch(forward_persistent, design, sequence_length, tensors, all_sizes, **options):
+            return output, state_after(exchange, sequence_length, h_0)
+        design = step_design("gru", hidden_size, batch)
     if isinstance(design, Resident):
         h_n = torch.empty_like(h_0)
         forward_resident[design.grid(batch, hidden_size)](
@@ -446,8 +650,15 @@ def backward(
     grad_output, grad_h_n, h_0 = grad_output.contiguous(), grad_h_n.contiguous(), h_0.contiguous()
     weights = _squares(weight_hh.contiguous())
     sizes = batch, hidden_size, weights.shape[-1]
-    design = choose("gru", hidden_size, batch, output.dtype, output.device)
     options = {"REVERSE": reverse, "HAS_LENGTHS": lengths is not None, "PRECISION": input_precision(output.dtype)}
+    design = choose("gru", hidden_size, batch, output.dtype, output.device)
+    if isinstance(design, Persistent):
+        gradient, exchange = grad_h_n.float().clone(), empty_exchange(design, batch, 3, output)
+        tensors = grad_output, output, gates, h_0, weights, lengths, grad_gates, gradient, exchange
+        all_sizes = sequence_length, *sizes
+        if launch(backward_persistent, design, sequence_length + 1, tensors, all_sizes, **options):
+            return grad_gates, gradient.to(output.dtype)
+        design = step_design("gru", hidden_size, batch)
     if isinstance(design, Resident):
         grad_h_0 = torch.empty_like(grad_h_n)
         backward_resident[design.grid(batch, hidden_size)](

@@ -1,4 +1,4 @@
-"""The LSTM's recurrence on a GPU, in the two designs of ``rnnkernels.kernels.triton.rnn``.
+"""The LSTM's recurrence on a GPU, in the three designs of ``rnnkernels.kernels.triton.rnn``.
 
 ``gates`` holds i, f, g, o side by side. ``cells`` holds the cell state after every step; in padding the one that stands
 still, so that the state before a step is always its neighbour. The weights come as four square matrices, padded with
@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from rnnkernels.kernels.eager.variable_length import order_of_steps
-from rnnkernels.kernels.triton.dispatch import Resident, choose, input_precision
+from rnnkernels.kernels.triton.barrier import arrive, wait
+from rnnkernels.kernels.triton.dispatch import Persistent, Resident, choose, input_precision, step_design
 from rnnkernels.kernels.triton.launch import RUNTIME as STEP
 from rnnkernels.kernels.triton.launch import (
     at,
@@ -26,6 +27,22 @@ from rnnkernels.kernels.triton.launch import (
     stream,
     wait_for_the_step_before,
     weight_tile,
+)
+from rnnkernels.kernels.triton.persistent import (
+    COUNTER_STRIDE,
+    empty_exchange,
+    exchange_from,
+    exchange_places,
+    is_active,
+    launch,
+    length_of,
+    load_parts,
+    load_weights,
+    multiply,
+    state_after,
+    store_parts,
+    sum_two,
+    time_of,
 )
 from rnnkernels.kernels.triton.pointwise import clip, load_either, sigmoid, tanh
 from rnnkernels.kernels.triton.rnn import RUNTIME
@@ -406,6 +423,197 @@ def backward_step(
     tl.store(following_h + tile, product, mask=mask)
 
 
+@triton.jit(do_not_specialize=RUNTIME)
+def forward_persistent(
+    gates,
+    c_0,
+    weight_hh,
+    lengths,
+    output,
+    cells,
+    exchange,
+    counters,
+    first_step,
+    last_step,
+    sequence_length,
+    batch,
+    hidden_size,
+    weight_size,
+    REVERSE: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    BARRIER: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Steps from ``first_step`` up to ``last_step``. What comes before the first, ``exchange`` and ``cells`` hold."""
+    rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
+    columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+    counter = counters + tl.program_id(0) * COUNTER_STRIDE
+    mask = (rows < batch)[:, None] & (columns < hidden_size)[None, :]
+    length = length_of(lengths, rows, batch, sequence_length, HAS_LENGTHS)
+    row_offset = rows.to(tl.int64)[:, None] * hidden_size
+    tile = row_offset + columns[None, :]
+    matrix = weight_size * weight_size
+    weight_i = load_weights(weight_hh, columns, weight_size, 1, weight_size, SPLITS, BLOCK_INNER, CHUNKS)
+    weight_f = load_weights(weight_hh + matrix, columns, weight_size, 1, weight_size, SPLITS, BLOCK_INNER, CHUNKS)
+    weight_g = load_weights(weight_hh + 2 * matrix, columns, weight_size, 1, weight_size, SPLITS, BLOCK_INNER, CHUNKS)
+    weight_o = load_weights(weight_hh + 3 * matrix, columns, weight_size, 1, weight_size, SPLITS, BLOCK_INNER, CHUNKS)
+    source, target, slot_size = exchange_places(exchange, rows, columns, 1, BLOCK_BATCH, BLOCK_INNER, CHUNKS, SPLITS)
+    nothing = tl.zeros((SPLITS, BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
+
+    stride = tl.cast(batch, tl.int64) * hidden_size
+    start = time_of(first_step, sequence_length, REVERSE) * stride
+    if REVERSE:
+        stride = -stride
+    offset = tile + start
+    parts = gates + row_offset * 4 + columns[None, :] + start * 4
+    zero = tl.zeros_like(mask.to(tl.int32))
+    h = tl.load(target + (first_step + 1) % 2 * slot_size, mask=mask, other=0.0)
+    c = load_either(zero == first_step, c_0 + tile, cells + offset - stride, mask)
+    projected_i, projected_f, projected_g, projected_o = load_parts(parts, hidden_size, mask, 4)
+    for step in range(first_step, last_step):
+        i, f, g, o = nothing, nothing, nothing, nothing
+        previous = source + (step + 1) % 2 * slot_size
+        # Past the L1 cache, which may hold what was there two steps ago.
+        ahead = tl.load(previous, cache_modifier=".cg")
+        for chunk in tl.static_range(CHUNKS):
+            x = ahead
+            if chunk + 1 < CHUNKS:
+                ahead = tl.load(previous + (chunk + 1) * BLOCK_INNER, cache_modifier=".cg")
+            i = tl.dot(x, weight_i[chunk], acc=i, input_precision=PRECISION)
+            f = tl.dot(x, weight_f[chunk], acc=f, input_precision=PRECISION)
+            g = tl.dot(x, weight_g[chunk], acc=g, input_precision=PRECISION)
+            o = tl.dot(x, weight_o[chunk], acc=o, input_precision=PRECISION)
+        i, f = sum_two(i, f)
+        g, o = sum_two(g, o)
+        i, f = sigmoid(projected_i.to(tl.float32) + i), sigmoid(projected_f.to(tl.float32) + f)
+        g, o = tanh(projected_g.to(tl.float32) + g), sigmoid(projected_o.to(tl.float32) + o)
+        new_c = cell_state(i, f, g, c)
+        new = (o * tanh(new_c)).to(h.dtype)
+        active = is_active(time_of(step, sequence_length, REVERSE), length)
+        h = tl.where(active, new, h)
+        c = tl.where(active, new_c, c)
+        tl.store(target + step % 2 * slot_size, h, mask=mask)
+        if BARRIER:
+            arrive(counter)
+        # While the others arrive: what they need not wait for, and what the next step needs besides.
+        tl.store(output + offset, tl.where(active, new, 0.0), mask=mask)
+        tl.store(cells + offset, c, mask=mask)
+        store_parts(parts, hidden_size, (i, f, g, o), mask)
+        offset += stride
+        parts += stride * 4
+        more = mask & (zero < sequence_length - 1 - step)
+        projected_i, projected_f, projected_g, projected_o = load_parts(parts, hidden_size, more, 4)
+        if BARRIER:
+            wait(counter, (step + 1) * tl.num_programs(1))
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def backward_persistent(
+    grad_output,
+    gates,
+    cells,
+    c_0,
+    weight_hh,
+    lengths,
+    grad_gates,
+    carried_h,
+    carried_c,
+    exchange,
+    counters,
+    first_step,
+    last_step,
+    sequence_length,
+    batch,
+    hidden_size,
+    weight_size,
+    REVERSE: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    BARRIER: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Steps back from ``first_step`` up to ``last_step``; after the last of the sequence, one that only multiplies.
+
+    ``carried_h`` and ``carried_c`` take the float32 gradients of the states from launch to launch.
+    """
+    rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
+    columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+    counter = counters + tl.program_id(0) * COUNTER_STRIDE
+    mask = (rows < batch)[:, None] & (columns < hidden_size)[None, :]
+    length = length_of(lengths, rows, batch, sequence_length, HAS_LENGTHS)
+    row_offset = rows.to(tl.int64)[:, None] * hidden_size
+    tile = row_offset + columns[None, :]
+    matrix = weight_size * weight_size
+    weights = load_weights(weight_hh, columns, weight_size, weight_size, 1, SPLITS, BLOCK_INNER, CHUNKS)
+    weights += load_weights(weight_hh + matrix, columns, weight_size, weight_size, 1, SPLITS, BLOCK_INNER, CHUNKS)
+    weights += load_weights(weight_hh + 2 * matrix, columns, weight_size, weight_size, 1, SPLITS, BLOCK_INNER, CHUNKS)
+    weights += load_weights(weight_hh + 3 * matrix, columns, weight_size, weight_size, 1, SPLITS, BLOCK_INNER, CHUNKS)
+    source, target, slot_size = exchange_places(exchange, rows, columns, 4, BLOCK_BATCH, BLOCK_INNER, CHUNKS, SPLITS)
+    nothing = tl.zeros((SPLITS, BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
+    grad_h = tl.load(carried_h + tile, mask=mask, other=0.0)
+    grad_c = tl.load(carried_c + tile, mask=mask, other=0.0)
+
+    # The steps run against the order of the forward pass.
+    stride = tl.cast(batch, tl.int64) * hidden_size
+    time = time_of(first_step, sequence_length, not REVERSE)
+    offset = tile + time * stride
+    part = row_offset * 4 + columns[None, :] + time * stride * 4
+    if not REVERSE:
+        stride = -stride
+    zero = tl.zeros_like(mask.to(tl.int32))
+    active = mask & is_active(time, length)
+    i, f, g, o = load_parts(gates + part, hidden_size, active, 4)
+    outer = tl.load(grad_output + offset, mask=active, other=0.0)
+    c = tl.load(cells + offset, mask=active, other=0.0)
+    previous = load_either(zero == sequence_length - 1 - first_step, c_0 + tile, cells + offset + stride, active)
+    for step in range(first_step, last_step):
+        grad_h += multiply(source + (step + 1) % 2 * slot_size, weights, nothing, BLOCK_INNER, PRECISION)
+        grad_i, grad_f, grad_g, grad_o, onward_c = gate_gradients(
+            grad_h + outer.to(tl.float32),
+            grad_c,
+            i.to(tl.float32),
+            f.to(tl.float32),
+            g.to(tl.float32),
+            o.to(tl.float32),
+            previous,
+            c,
+        )
+        grad_h = tl.where(active, 0.0, grad_h)
+        grad_c = tl.where(active, onward_c, grad_c)
+        grad_i = tl.where(active, grad_i, 0.0)
+        grad_f = tl.where(active, grad_f, 0.0)
+        grad_g = tl.where(active, grad_g, 0.0)
+        grad_o = tl.where(active, grad_o, 0.0)
+        gradients = grad_i, grad_f, grad_g, grad_o
+        store_parts(target + step % 2 * slot_size, CHUNKS * BLOCK_INNER, gradients, mask)
+        if BARRIER:
+            arrive(counter)
+        # While the others arrive: what they need not wait for, and what the next step needs besides.
+        within = mask & (tl.zeros_like(length) + step < sequence_length)
+        store_parts(grad_gates + part, hidden_size, gradients, within)
+        offset += stride
+        part += stride * 4
+        time = time_of(step + 1, sequence_length, not REVERSE)
+        active = mask & is_active(time, length)
+        i, f, g, o = load_parts(gates + part, hidden_size, active, 4)
+        outer = tl.load(grad_output + offset, mask=active, other=0.0)
+        c = tl.load(cells + offset, mask=active, other=0.0)
+        previous = load_either(zero == sequence_length - 2 - step, c_0 + tile, cells + offset + stride, active)
+        if BARRIER:
+            wait(counter, (step + 1) * tl.num_programs(1))
+    tl.store(carried_h + tile, grad_h, mask=mask)
+    tl.store(carried_c + tile, grad_c, mask=mask)
+
+
 def _squares(weight_hh: Tensor) -> Tensor:
     """The weights as (4, size, size), with zeros up to a multiple of 16."""
     hidden_size = weight_hh.shape[1]
@@ -434,8 +642,16 @@ def forward(
         return output, h_0.clone(), c_0.clone(), cells
     h_0, c_0, weights = h_0.contiguous(), c_0.contiguous(), _squares(weight_hh)
     sizes = batch, hidden_size, weights.shape[-1]
-    design = choose("lstm", hidden_size, batch, gates.dtype, gates.device)
     options = {"REVERSE": reverse, "HAS_LENGTHS": lengths is not None, "PRECISION": input_precision(gates.dtype)}
+    design = choose("lstm", hidden_size, batch, gates.dtype, gates.device)
+    if isinstance(design, Persistent):
+        exchange = exchange_from(design, h_0)
+        tensors = gates, c_0.float(), weights, lengths, output, cells, exchange
+        all_sizes = sequence_length, *sizes
+        if launch(forward_persistent, design, sequence_length, tensors, all_sizes, **options):
+            h_n, c_n = state_after(exchange, sequence_length, h_0), cells[0 if reverse else -1]
+            return output, h_n, c_n.to(c_0.dtype, copy=True), cells
+        design = step_design("lstm", hidden_size, batch)
     if isinstance(design, Resident):
         h_n, c_n = torch.empty_like(h_0), torch.empty_like(c_0)
         forward_resident[design.grid(batch, hidden_size)](
@@ -482,8 +698,16 @@ def backward(
     grad_output, grad_h_n, grad_c_n = grad_output.contiguous(), grad_h_n.contiguous(), grad_c_n.contiguous()
     initial_cells, weights = c_0.contiguous().float(), _squares(weight_hh)
     sizes = batch, hidden_size, weights.shape[-1]
-    design = choose("lstm", hidden_size, batch, gates.dtype, gates.device)
     options = {"REVERSE": reverse, "HAS_LENGTHS": lengths is not None, "PRECISION": input_precision(gates.dtype)}
+    design = choose("lstm", hidden_size, batch, gates.dtype, gates.device)
+    if isinstance(design, Persistent):
+        gradient_h, gradient_c = grad_h_n.float().clone(), grad_c_n.float().clone()
+        exchange = empty_exchange(design, batch, 4, output)
+        tensors = grad_output, gates, cells, initial_cells, weights, lengths, grad_gates, gradient_h, gradient_c
+        tensors, all_sizes = (*tensors, exchange), (sequence_length, *sizes)
+        if launch(backward_persistent, design, sequence_length + 1, tensors, all_sizes, **options):
+            return grad_gates, gradient_h.to(gates.dtype), gradient_c.to(c_0.dtype)
+        design = step_design("lstm", hidden_size, batch)
     if isinstance(design, Resident):
         grad_h_0, grad_c_0 = torch.empty_like(grad_h_n), torch.empty_like(c_0)
         backward_resident[design.grid(batch, hidden_size)](

@@ -1,12 +1,14 @@
 """The plain RNN's recurrence on a GPU.
 
-Two designs (``dispatch`` chooses):
+Three designs (``dispatch`` chooses):
 
 - *resident*: one program takes a tile of the batch through all steps, with the whole of W_hh in its shared memory.
+- *persistent*: one launch for all steps, whose programs each hold a slice of W_hh and exchange the states after every
+  step (``rnnkernels.kernels.triton.persistent``).
 - *step*: one launch a step, whose programs tile (batch, hidden) and stream W_hh from the L2 cache. Fits any size.
   ``launch`` makes the launches cheap.
 
-Both read the projected input from ``output`` and leave the states there. States pass from step to step in the tensors'
+All read the projected input from ``output`` and leave the states there. States pass from step to step in the tensors'
 own type, sums are float32.
 """
 
@@ -17,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from rnnkernels.kernels.eager.variable_length import order_of_steps
-from rnnkernels.kernels.triton.dispatch import Resident, choose, input_precision
+from rnnkernels.kernels.triton.barrier import arrive, wait
+from rnnkernels.kernels.triton.dispatch import Persistent, Resident, choose, input_precision, step_design
 from rnnkernels.kernels.triton.launch import RUNTIME as STEP
 from rnnkernels.kernels.triton.launch import (
     at,
@@ -32,9 +35,22 @@ from rnnkernels.kernels.triton.launch import (
     wait_for_the_step_before,
     weight_tile,
 )
+from rnnkernels.kernels.triton.persistent import (
+    COUNTER_STRIDE,
+    empty_exchange,
+    exchange_from,
+    exchange_places,
+    is_active,
+    launch,
+    length_of,
+    load_weights,
+    multiply,
+    state_after,
+    time_of,
+)
 from rnnkernels.kernels.triton.pointwise import activate, through_activation
 
-RUNTIME = ("sequence_length", "batch")
+RUNTIME = ("sequence_length", "batch", "first_step", "last_step")
 """Arguments on whose value no kernel is specialized: a new length or batch compiles nothing."""
 
 
@@ -271,6 +287,136 @@ def backward_step(
     tl.store(following + tile, product, mask=mask)
 
 
+@triton.jit(do_not_specialize=RUNTIME)
+def forward_persistent(
+    output,
+    weight_hh,
+    lengths,
+    exchange,
+    counters,
+    first_step,
+    last_step,
+    sequence_length,
+    batch,
+    hidden_size,
+    weight_size,
+    NONLINEARITY: tl.constexpr,
+    REVERSE: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    BARRIER: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Steps from ``first_step`` up to ``last_step``. What comes before the first, ``exchange`` holds."""
+    rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
+    columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+    counter = counters + tl.program_id(0) * COUNTER_STRIDE
+    mask = (rows < batch)[:, None] & (columns < hidden_size)[None, :]
+    length = length_of(lengths, rows, batch, sequence_length, HAS_LENGTHS)
+    weights = load_weights(weight_hh, columns, weight_size, 1, weight_size, SPLITS, BLOCK_INNER, CHUNKS)
+    source, target, slot_size = exchange_places(exchange, rows, columns, 1, BLOCK_BATCH, BLOCK_INNER, CHUNKS, SPLITS)
+    nothing = tl.zeros((SPLITS, BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
+
+    stride = tl.cast(batch, tl.int64) * hidden_size
+    start = time_of(first_step, sequence_length, REVERSE) * stride
+    if REVERSE:
+        stride = -stride
+    states = output + rows.to(tl.int64)[:, None] * hidden_size + columns[None, :] + start
+    zero = tl.zeros_like(mask.to(tl.int32))
+    h = tl.load(target + (first_step + 1) % 2 * slot_size, mask=mask, other=0.0)
+    projected = tl.load(states, mask=mask, other=0.0)
+    for step in range(first_step, last_step):
+        a = multiply(source + (step + 1) % 2 * slot_size, weights, nothing, BLOCK_INNER, PRECISION)
+        new = activate(projected.to(tl.float32) + a, NONLINEARITY).to(h.dtype)
+        active = is_active(time_of(step, sequence_length, REVERSE), length)
+        h = tl.where(active, new, h)
+        tl.store(target + step % 2 * slot_size, h, mask=mask)
+        if BARRIER:
+            arrive(counter)
+        # While the others arrive: what they need not wait for, and what the next step needs besides.
+        tl.store(states, tl.where(active, new, 0.0), mask=mask)
+        states += stride
+        projected = tl.load(states, mask=mask & (zero < sequence_length - 1 - step), other=0.0)
+        if BARRIER:
+            wait(counter, (step + 1) * tl.num_programs(1))
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def backward_persistent(
+    grad_output,
+    output,
+    weight_hh,
+    lengths,
+    grad_projected,
+    carried,
+    exchange,
+    counters,
+    first_step,
+    last_step,
+    sequence_length,
+    batch,
+    hidden_size,
+    weight_size,
+    NONLINEARITY: tl.constexpr,
+    REVERSE: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    BARRIER: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Steps back from ``first_step`` up to ``last_step``; after the last of the sequence, one that only multiplies.
+
+    ``carried`` takes the float32 gradient of the state from launch to launch.
+    """
+    rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
+    columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+    counter = counters + tl.program_id(0) * COUNTER_STRIDE
+    mask = (rows < batch)[:, None] & (columns < hidden_size)[None, :]
+    length = length_of(lengths, rows, batch, sequence_length, HAS_LENGTHS)
+    tile = rows.to(tl.int64)[:, None] * hidden_size + columns[None, :]
+    weights = load_weights(weight_hh, columns, weight_size, weight_size, 1, SPLITS, BLOCK_INNER, CHUNKS)
+    source, target, slot_size = exchange_places(exchange, rows, columns, 1, BLOCK_BATCH, BLOCK_INNER, CHUNKS, SPLITS)
+    nothing = tl.zeros((SPLITS, BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
+    grad_h = tl.load(carried + tile, mask=mask, other=0.0)
+
+    # The steps run against the order of the forward pass.
+    stride = tl.cast(batch, tl.int64) * hidden_size
+    time = time_of(first_step, sequence_length, not REVERSE)
+    offset = tile + time * stride
+    if not REVERSE:
+        stride = -stride
+    active = mask & is_active(time, length)
+    y = tl.load(output + offset, mask=active, other=0.0)
+    outer = tl.load(grad_output + offset, mask=active, other=0.0)
+    for step in range(first_step, last_step):
+        grad_h += multiply(source + (step + 1) % 2 * slot_size, weights, nothing, BLOCK_INNER, PRECISION)
+        gradient = through_activation(grad_h + outer.to(tl.float32), y.to(tl.float32), NONLINEARITY)
+        gradient = tl.where(active, gradient, 0.0)
+        grad_h = tl.where(active, 0.0, grad_h)
+        tl.store(target + step % 2 * slot_size, gradient, mask=mask)
+        if BARRIER:
+            arrive(counter)
+        # While the others arrive: what they need not wait for, and what the next step needs besides.
+        within = mask & (tl.zeros_like(length) + step < sequence_length)
+        tl.store(grad_projected + offset, gradient, mask=within)
+        offset += stride
+        time = time_of(step + 1, sequence_length, not REVERSE)
+        active = mask & is_active(time, length)
+        y = tl.load(output + offset, mask=active, other=0.0)
+        outer = tl.load(grad_output + offset, mask=active, other=0.0)
+        if BARRIER:
+            wait(counter, (step + 1) * tl.num_programs(1))
+    tl.store(carried + tile, grad_h, mask=mask)
+
+
 def _padded(weight_hh: Tensor) -> Tensor:
     """The recurrent weights with zeros up to a multiple of 16 rows and columns: rows then start on 16-byte bounds."""
     missing = -weight_hh.shape[0] % 16
@@ -291,13 +437,19 @@ def forward(
         return h_0.clone()
     h_0, weight_hh = h_0.contiguous(), _padded(weight_hh)
     sizes = batch, hidden_size, weight_hh.shape[0]
-    design = choose("rnn", hidden_size, batch, output.dtype, output.device)
     options = {
         "NONLINEARITY": nonlinearity,
         "REVERSE": reverse,
         "HAS_LENGTHS": lengths is not None,
         "PRECISION": input_precision(output.dtype),
     }
+    design = choose("rnn", hidden_size, batch, output.dtype, output.device)
+    if isinstance(design, Persistent):
+        exchange = exchange_from(design, h_0)
+        tensors, all_sizes = (output, weight_hh, lengths, exchange), (sequence_length, *sizes)
+        if launch(forward_persistent, design, sequence_length, tensors, all_sizes, **options):
+            return state_after(exchange, sequence_length, h_0)
+        design = step_design("rnn", hidden_size, batch)
     if isinstance(design, Resident):
         h_n = torch.empty_like(h_0)
         forward_resident[design.grid(batch, hidden_size)](
@@ -325,13 +477,20 @@ def backward(
         return grad_projected, grad_h_n.clone()
     grad_output, grad_h_n, weight_hh = grad_output.contiguous(), grad_h_n.contiguous(), _padded(weight_hh)
     sizes = batch, hidden_size, weight_hh.shape[0]
-    design = choose("rnn", hidden_size, batch, output.dtype, output.device)
     options = {
         "NONLINEARITY": nonlinearity,
         "REVERSE": reverse,
         "HAS_LENGTHS": lengths is not None,
         "PRECISION": input_precision(output.dtype),
     }
+    design = choose("rnn", hidden_size, batch, output.dtype, output.device)
+    if isinstance(design, Persistent):
+        gradient, exchange = grad_h_n.float().clone(), empty_exchange(design, batch, 1, output)
+        tensors = grad_output, output, weight_hh, lengths, grad_projected, gradient, exchange
+        all_sizes = sequence_length, *sizes
+        if launch(backward_persistent, design, sequence_length + 1, tensors, all_sizes, **options):
+            return grad_projected, gradient.to(output.dtype)
+        design = step_design("rnn", hidden_size, batch)
     if isinstance(design, Resident):
         grad_h_0 = torch.empty_like(grad_h_n)
         backward_resident[design.grid(batch, hidden_size)](
