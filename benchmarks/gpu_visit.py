@@ -1,16 +1,15 @@
-"""Everything worth doing on a machine with a GPU, in one script: report, tests, kernels, designs, benchmarks, options.
+"""Everything worth doing on a machine with a GPU: correctness, then the grid of benchmarks, then tuning, in one file.
 
-``python benchmarks/gpu_visit.py`` needs torch and triton, and imports the package from the checkout that it lies in.
-Each part can run by itself (``--part``), ends when its time is used up (``--budget``), and keeps what it has by then.
-``--device cpu`` is a rehearsal without a GPU: every part, on tiny sizes, in Triton's interpreter.
+``python benchmarks/gpu_visit.py`` needs torch and triton, and imports the package from the checkout that it lies in. A
+call ends within nine minutes (``--budget``). It extends the result file that an earlier call on the same sources and
+GPU began, case by case: what is there is not run again, so that a few calls complete a visit. ``--part`` runs parts one
+by one. ``--device cpu`` is a rehearsal without a GPU: every part, on tiny sizes, in Triton's interpreter.
 """
 
 import argparse
-import contextlib
-import dataclasses
-import importlib
 import importlib.util
 import itertools
+import json
 import math
 import os
 import re
@@ -19,69 +18,185 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
-from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0:0] = [str(ROOT)]  # the checkout's package, also where another one is installed
 
 import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
 
-from benchmarks import __main__ as table  # noqa: E402
-from benchmarks import options as option_cases  # noqa: E402
-from benchmarks import records, runner  # noqa: E402
+from benchmarks import designs, grid, options, parity, records, runner, stress, tuning  # noqa: E402
 from benchmarks.cases import ARITHMETIC, Case, cases  # noqa: E402
 from benchmarks.options import OptionCase  # noqa: E402
 from benchmarks.training import TrainingCase  # noqa: E402
-from rnnkernels import _backend, ops, reference  # noqa: E402
-from rnnkernels.__main__ import (  # noqa: E402
-    LIMITS,
-    OPERATORS,
-    OPTIONS_SLACK,
-    arithmetic,
-    errors,
-    options_of,
-    relative_error,
-)
+from rnnkernels import _backend  # noqa: E402
+from rnnkernels.__main__ import OPERATORS  # noqa: E402
 
-PARTS = ("report", "tests", "kernels", "designs", "benchmarks", "options")
+BUDGET = 520.0
+"""Seconds for a call: within nine minutes, with what it takes to start and to end."""
+
+PATIENCE = 150.0
+"""Seconds after which a case that gives no sign of life is taken to wait forever."""
+
+BEGIN_AGAIN = 75
+"""Exit code of a worker whose GPU is not fit for more: a new process takes it up where it left."""
+
+GRACE = 15.0
+"""Seconds after the budget until a worker is ended by force."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
+class Task:
+    """A case of a part."""
+
+    fields: dict
+    """What a result file says of the case itself; ``name`` among it."""
+    run: Callable[[], dict | list[dict]]
+    """What it found: one result, or several of one name. An exception makes the status *failed*."""
+    show: Callable[[dict], str | None] = lambda result: None
+    """The line to print of a result, None for no line."""
+
+
+@dataclass
 class Visit:
     """What the parts are told."""
 
     device: torch.device
     """A GPU, or the CPU for a rehearsal."""
-    output: Path
-    """Folder of the result files."""
-    budget: float
-    """Seconds that a part may take."""
-    commit: str | None
-    """Commit of the sources, where they are no git checkout."""
-    tests: tuple[str, ...]
+    file: records.VisitFile
+    """Where results go."""
+    deadline: float
+    """When the call must end, on ``time.monotonic()``'s clock."""
+    tests: tuple[str, ...] = ()
     """What pytest runs; empty for the test files about GPUs."""
-    filter: str
-    """Regular expression that the names of benchmark cases must contain."""
-    command: tuple[str, ...]
-    """The command line."""
+    filter: str = ""
+    """Regular expression that the names of cases must contain."""
+    again: bool = False
+    """Whether what the file has is measured anew."""
+    begun: set[str] = field(default_factory=set)
+    """Names of the cases of this call, where ``again``."""
 
     @property
     def rehearsal(self) -> bool:
         """Whether there is no GPU."""
         return self.device.type == "cpu"
 
-    def file(self, ending: str) -> Path:
-        """A new file for results."""
-        return records.new_file(self.output, self.device, ending)
+    @property
+    def measurement(self) -> dict:
+        """How long a comparison is timed."""
+        return {"seconds": 0.0, "rounds": (2, 2)} if self.rehearsal else {"seconds": 0.2, "rounds": (5, 200)}
 
-    def document(self, kind: str) -> dict:
-        """The beginning of a result file."""
-        return {**records.header(kind, list(self.command), self.device, self.commit), "cases": []}
+    def left(self, until: float) -> float:
+        """Seconds until then."""
+        return max(0.0, until - time.monotonic())
+
+
+class OutOfTime(Exception):
+    """A case stopped half-way, to be run from its beginning by another call."""
+
+
+class Watch:
+    """Ends the process when a case gives no sign of life, and says in the file which one it was."""
+
+    def __init__(self, visit: Visit):
+        self.visit, self.end, self.until, self.part, self.fields = visit, math.inf, math.inf, "", {}
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def begin(self, part: str, fields: dict, until: float) -> None:
+        """A case begins, and should be over by then."""
+        self.part, self.fields, self.until = part, fields, until
+        self.end = time.monotonic() + PATIENCE
+
+    def alive(self) -> None:
+        """The case is getting on. Raises :class:`OutOfTime` where its time is used up."""
+        if time.monotonic() >= self.until:
+            raise OutOfTime
+        self.end = time.monotonic() + PATIENCE
+
+    def rest(self) -> None:
+        """No case is running."""
+        self.end = math.inf
+
+    def _look(self) -> None:
+        while True:
+            time.sleep(0.5)
+            if time.monotonic() >= self.end:
+                reason = f"no sign of life for {PATIENCE:.0f} s: the process was ended"
+                print(f"{self.fields['name']}: {reason}", flush=True)
+                result = {**self.fields, "status": "failed", "reason": reason}
+                self.visit.file.keep(self.part, result["name"], [result])
+                os._exit(BEGIN_AGAIN)  # the thread that waits for the GPU can't be asked to stop
+
+
+def fit_for_more(device: torch.device) -> bool:
+    """Whether the GPU still answers after an error; an illegal access, for one, spoils the whole process."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
+
+
+def work(visit: Visit, part: str, tasks: Iterable[Task], until: float, watch: Watch) -> None:
+    """Run the cases that the file lacks until the time is used up, and keep what each gives."""
+    done = visit.begun if visit.again else visit.file.done(part)
+    left = 0
+    for task in tasks:
+        name = task.fields["name"]
+        if name in done or not re.search(visit.filter, name):
+            continue
+        if time.monotonic() >= until:
+            left += 1
+            continue
+        watch.begin(part, task.fields, until)
+        try:
+            found = task.run()
+            found = [{**task.fields, **result} for result in (found if isinstance(found, list) else [found])]
+        except OutOfTime:
+            left += 1
+            continue
+        except Exception as error:  # one broken case must not lose the others
+            found = [{**task.fields, "status": "failed", "reason": f"{type(error).__name__}: {error}"[:600]}]
+        watch.rest()
+        visit.begun.add(name)
+        visit.file.keep(part, name, found)
+        for result in found:
+            if line := task.show(result):
+                print(line, flush=True)
+        if any(result["status"] == "failed" for result in found) and not fit_for_more(visit.device):
+            print("the GPU is not fit for more: going on in a new process", flush=True)
+            os._exit(BEGIN_AGAIN)
+        _spare_memory(visit.device)
+    entry = visit.file.part(part)
+    entry["finished"] = left == 0 and not visit.filter
+    visit.file.write()
+    if left:
+        print(f"{left} cases are left for another call", flush=True)
+
+
+def _spare_memory(device: torch.device) -> None:
+    """Give back what the allocator holds, before the next case of another size finds none."""
+    if device.type == "cuda" and torch.cuda.memory_reserved(device) > torch.cuda.mem_get_info(device)[1] / 2:
+        torch.cuda.empty_cache()
+
+
+def if_wrong(result: dict) -> str | None:
+    """A line for what ought not to be."""
+    wrong = result["status"] in ("differs", "failed")
+    return f"{result['status']}: {result['name']}: {result['reason']}" if wrong else None
+
+
+def always(result: dict) -> str:
+    """A line for every result."""
+    return f"{result['status']}: {result['name']}" + (f": {result['reason']}" if result["reason"] else "")
+
+
+# Parts that run a command
 
 
 def environment() -> dict[str, str]:
@@ -90,12 +205,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
-def stream(command: list[str], log: Path, seconds: float) -> tuple[int | None, list[str]]:
-    """Run a command, show its output and write it to ``log``. Returns its exit code, None if it ran out of time."""
-    log.parent.mkdir(parents=True, exist_ok=True)
+def stream(command: list[str], seconds: float) -> tuple[int | None, list[str]]:
+    """Run a command and show its output. Returns its exit code, None if it ran out of time, and the lines."""
     lines, late = [], threading.Event()
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-    with log.open("w") as file, subprocess.Popen(command, cwd=ROOT, env=environment(), **options) as process:
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), **options) as process:
 
         def stop():
             late.set()
@@ -106,17 +220,19 @@ def stream(command: list[str], log: Path, seconds: float) -> tuple[int | None, l
         for line in process.stdout:
             lines.append(line.rstrip("\n"))
             print(line, end="", flush=True)
-            file.write(line)
-            file.flush()
         timer.cancel()
         code = process.wait()
     return (None if late.is_set() else code), lines
 
 
-def report(visit: Visit) -> bool:
+def report(visit: Visit, until: float, watch: Watch) -> None:
     """``python -m rnnkernels``."""
-    code, _ = stream([sys.executable, "-m", "rnnkernels"], visit.file("-report.txt"), visit.budget)
-    return code == 0
+    code, lines = stream([sys.executable, "-m", "rnnkernels"], visit.left(until))
+    status = "skipped" if code is None else "passed" if code == 0 else "failed"
+    found = {"name": "python -m rnnkernels", "status": status}
+    # Where the time did not suffice for its self-check, the part kernels goes over the same ground.
+    visit.file.part("report").update(finished=True, exit_code=code, lines=lines, cases=[found])
+    visit.file.write()
 
 
 TEST_LINE = re.compile(
@@ -139,6 +255,12 @@ def read_tests(lines: list[str]) -> list[dict[str, str]]:
     return [{"name": name, "status": status} for name, status in statuses.items()]
 
 
+def failures(lines: list[str]) -> list[str]:
+    """The tracebacks in what pytest printed, and the summary after them; at most 400 lines."""
+    starts = [position for position, line in enumerate(lines) if re.match(r"=+ (FAILURES|ERRORS) =+$", line)]
+    return lines[starts[0] :][:400] if starts else []
+
+
 def tests_of_gpus() -> list[str]:
     """The test files that speak of a GPU. Others may need what only an installed project has: tools, pages, pins."""
     speaks = re.compile(r"\b(cuda|gpu|kernel_device)\b")
@@ -146,356 +268,141 @@ def tests_of_gpus() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in paths if speaks.search(path.read_text())]
 
 
-def tests(visit: Visit) -> bool:
+def tests(visit: Visit, until: float, watch: Watch) -> None:
     """The unit tests that have to do with a GPU; not those that compile for absent ones."""
-    document = visit.document("tests")
-    path = visit.file("-tests.json")
+    entry = visit.file.part("tests")
     if missing := [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]:
         print(f"{' and '.join(missing)} not installed: the part kernels stands in for the tests")
-        records.write(path, document | {"finished": False, "exit_code": None})
-        return True
+        entry.update(finished=True, exit_code=None, lines=[f"{' and '.join(missing)} not installed"])
+        return visit.file.write()
     command = [sys.executable, "-m", "pytest", "-v", "--color=no", "-p", "no:cacheprovider", "-m", "not offline"]
     # A warning of a version that the project does not pin is no failure here.
     command += ["-W", "default", "--continue-on-collection-errors"]
     if importlib.util.find_spec("xdist") is not None and not visit.rehearsal:
         command += ["-n", str(min(8, os.cpu_count() or 1))]  # compiling, on the CPU, is most of the work
     command += visit.tests or tests_of_gpus()
-    code, lines = stream(command, visit.file("-tests.log"), visit.budget)
-    document["cases"] = read_tests(lines)
-    records.write(path, document | {"finished": code is not None, "exit_code": code})
+    code, lines = stream(command, visit.left(until))
+    entry.update(finished=code is not None, exit_code=code, lines=failures(lines), cases=read_tests(lines))
+    visit.file.write()
     if code is None:
-        print(f"the time was used up: {len(document['cases'])} tests had run")
-    return code == 0
+        print(f"the time was used up: {len(entry['cases'])} tests had run")
+    return None
 
 
-def triton_kernels(operator: str) -> ModuleType:
-    """The module of an operator's Triton kernels."""
-    return importlib.import_module(f"rnnkernels.kernels.triton.{operator}")
+# Parts that run cases
 
 
-@contextlib.contextmanager
-def forced(operator: str, design) -> Iterator[None]:
-    """Let the Triton kernels of an operator run with a design, whatever the dispatch would choose; None: its choice."""
-    if design is None:
-        with _backend.use_backend("triton"):
-            yield
-        return
-    with _backend.use_backend("triton"), mock.patch.object(triton_kernels(operator), "choose", return_value=design):
-        yield
+def kernels(visit: Visit, until: float, watch: Watch) -> None:
+    """Every design of the Triton kernels against ``rnnkernels.reference`` in float64, forward and backward."""
+    work(visit, "kernels", kernel_tasks(visit), until, watch)
 
 
-def designs_for(case: dict, device: torch.device, *batches: int) -> list:
-    """The designs that fit, the dispatch's choice first, and what it has for one launch a step at other batches."""
-    from rnnkernels.kernels.triton import dispatch
-
-    operator, hidden_size, dtype = case["operator"], case["hidden_size"], getattr(torch, case["dtype"])
-    found = dispatch.designs(operator, hidden_size, case["batch"], dtype, device)
-    return list(dict.fromkeys(found + [dispatch.step_design(operator, hidden_size, batch) for batch in batches]))
-
-
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Fill what is allocated uninitialized with NaN, so that an element that no kernel writes shows."""
-
-    def poison(allocate):
-        def allocate_poisoned(*args, **kwargs):
-            tensor = allocate(*args, **kwargs)
-            return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
-
-        return allocate_poisoned
-
-    with contextlib.ExitStack() as stack:
-        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-            stack.enter_context(mock.patch.object(owner, name, poison(getattr(owner, name))))
-        yield
-
-
-def parity_cases(visit: Visit) -> Iterator[dict]:
-    """What the part kernels compares: an operator at an odd size in every form, at others in two; then its options."""
-    every = list(itertools.product((False, True), (False, True)))
-    few = [(False, False), (True, True)]
-    sizes = [(7, 33, 17, every), *((7, batch, hidden, few) for hidden in (48, 128, 256, 300) for batch in (33, 80))]
-    sizes += [(7, 1, 1, few), (5, 2, 64, few), (3, 70, 1000, few), (2, 70_001, 32, few[:1])]
-    kinds = ARITHMETIC
-    if visit.rehearsal:
-        # Not bfloat16, which the interpreter gets wrong, and TF32 it does not have.
-        sizes, kinds = [(3, 2, 5, every), (2, 66, 16, few)], [{"dtype": "float32"}, {"dtype": "float16"}]
-    planned = list(itertools.product(sizes, OPERATORS, kinds))
-    if not visit.rehearsal:
-        planned += [((70_000, 3, 16, few[:1]), operator, ARITHMETIC[0]) for operator in OPERATORS]
-    for (sequence_length, batch, hidden_size, options), operator, kind in planned:
-        nonlinearities = (None,) if operator != "rnn" else ops.NONLINEARITIES if options is every else ("tanh",)
-        for nonlinearity, (reverse, has_lengths) in itertools.product(nonlinearities, options):
-            yield {
-                "operator": operator,
-                "sequence_length": sequence_length,
-                "batch": batch,
-                "hidden_size": hidden_size,
-                "nonlinearity": nonlinearity,
-                "option": None,
-                "reverse": reverse,
-                "lengths": has_lengths,
-                "dtype": kind["dtype"],
-                "precision": kind.get("precision", "highest"),
-            }
-    sizes, forms = ((7, 33, 17), (7, 80, 128), (5, 3, 300)), ((False, False), (True, True))
-    if visit.rehearsal:
-        sizes, forms, kinds = ((3, 2, 5),), forms[1:], kinds[:1]
-    for size, operator, kind in itertools.product(sizes, OPERATORS, kinds):
-        for option, (reverse, has_lengths) in itertools.product(options_of(operator, 1, 1, 1), forms):
-            yield {
-                "operator": operator,
-                **dict(zip(("sequence_length", "batch", "hidden_size"), size, strict=True)),
-                "nonlinearity": None,
-                "option": option,
-                "reverse": reverse,
-                "lengths": has_lengths,
-                "dtype": kind["dtype"],
-                "precision": kind.get("precision", "highest"),
-            }
-
-
-def compare(case: dict, design, device: torch.device) -> dict:
-    """The outcome of one comparison with ``rnnkernels.reference`` in float64."""
-    torch.manual_seed(0)
-    sequence_length, batch, dtype = case["sequence_length"], case["batch"], getattr(torch, case["dtype"])
-    arguments = OPERATORS[case["operator"]](sequence_length, batch, 11, case["hidden_size"])
-    options = {"reverse": case["reverse"]}
-    if case["nonlinearity"] is not None:
-        options["nonlinearity"] = case["nonlinearity"]
-    if case["lengths"]:
-        options["lengths"] = torch.randint(1, sequence_length + 1, (batch,))
-    limit = LIMITS[arithmetic(dtype, device)]
-    if case["option"] is not None:
-        weights, given = options_of(case["operator"], sequence_length, batch, case["hidden_size"])[case["option"]]
-        arguments, options, limit = arguments | weights, options | given, limit * OPTIONS_SLACK
-    with forced(case["operator"], design), poisoned():
-        found = errors(case["operator"], arguments, dtype, device, **options)
-    # A pre-activation within rounding of zero may fall on either side of ReLU's kink: a share of the gradients of about
-    # the limit is then wholly different, and the norm of that is its root.
-    loose = math.sqrt(limit) if case["nonlinearity"] == "relu" else limit
-    wrong = [
-        name for name, error in found.items() if not error <= (loose if name.startswith("gradient") else limit)
-    ]  # NaN is wrong
-    return {
-        "relative_error": {name: records.finite(error) for name, error in found.items()},
-        "allowed_error": {"results": limit, "gradients": loose},
-        "status": "differs" if wrong else "agrees",
-        "reason": f"too far from float64: {', '.join(wrong)}" if wrong else None,
-    }
-
-
-def compare_far_offsets(
-    operator: str, device: torch.device, sequence_length: int, batch: int, hidden_size: int
-) -> dict:
-    """Whether the first and last rows are right in a batch of so many states that 32 bits can't count them."""
-    torch.manual_seed(0)
-    arguments = OPERATORS[operator](sequence_length, batch, 2, hidden_size)
-    arguments = {name: argument.bfloat16() for name, argument in arguments.items()}
-    cotangent = torch.randn(sequence_length, batch, 1).bfloat16()
-    rows = torch.tensor([0, 1, batch - 2, batch - 1])
-
-    def run(source, selected, device, dtype):
-        own = {name: argument.to(device, dtype) for name, argument in arguments.items()}
-        own["input"] = own["input"][:, selected].clone().requires_grad_()
-        own |= {name: own[name][selected] for name in ("h_0", "c_0") if name in own}
-        output, *_ = getattr(source, operator)(**own)
-        outer = cotangent[:, selected].to(device, dtype).expand_as(output)
-        return output.detach(), *torch.autograd.grad(output, own["input"], outer)
-
-    actual = run(ops, slice(None), device, torch.bfloat16)
-    expected = run(reference, rows, torch.device("cpu"), torch.float64)
-    found = [relative_error(a[:, rows.to(device)], e) for a, e in zip(actual, expected, strict=True)]
-    limit = LIMITS["bfloat16"]
-    right = all(error <= limit for error in found)  # False for NaN
-    return {
-        "relative_error": dict(zip(("result 0", "gradient of input"), map(records.finite, found), strict=True)),
-        "allowed_error": {"results": limit, "gradients": limit},
-        "status": "agrees" if right else "differs",
-        "reason": None if right else "too far from float64",
-    }
-
-
-def attempt(function, *arguments) -> dict:
-    """What the function returns, or that it failed and why: one broken case must not lose the others."""
-    try:
-        return function(*arguments)
-    except Exception as error:
-        return {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
-
-
-FAR = {"rnn": (20_000, 1_700, 64), "gru": (10_000, 1_000, 64), "lstm": (10_000, 1_000, 64)}
-"""Steps, batch and hidden units with more than 2^31 states, or gates."""
-
-
-def far_offsets(visit: Visit, deadline: float) -> Iterator[dict]:
-    """The outcome of :func:`compare_far_offsets` for each operator."""
-    for operator, sizes in FAR.items():
-        result = {"name": f"{operator}, more than 2^31 elements", "operator": operator, "status": "skipped"}
-        if time.monotonic() >= deadline:
-            result["reason"] = "the time was used up"
-        elif visit.rehearsal:
-            result |= attempt(compare_far_offsets, operator, visit.device, 3, 5, 4)
-        elif torch.cuda.mem_get_info(visit.device)[0] < 40 * 2**30:
-            result["reason"] = "it takes 40 GiB of a GPU's memory"
-        else:
-            result |= attempt(compare_far_offsets, operator, visit.device, *sizes)
-        yield result
-
-
-def kernels(visit: Visit) -> bool:
-    """Both designs of the Triton kernels against ``rnnkernels.reference`` in float64, forward and backward."""
-    deadline = time.monotonic() + visit.budget
-    document, path = visit.document("kernels"), visit.file("-kernels.json")
-    counts: dict[tuple, Counter] = {}
-    for case in parity_cases(visit):
+def kernel_tasks(visit: Visit) -> Iterator[Task]:
+    """A comparison for each case and design, and one for each operator with very many elements."""
+    for case in parity.cases(visit.rehearsal):
         with runner.precision(case["precision"]):
-            kind = arithmetic(getattr(torch, case["dtype"]), visit.device)
             # A cell with an option has kernels of one design, for what is pointwise in it.
-            for design in designs_for(case, visit.device) if case["option"] is None else [None]:
-                named = "Pointwise" if design is None else str(design)
-                result = {"name": f"{named} {' '.join(f'{k}={v}' for k, v in case.items())}", **case}
-                result |= {"design": named, "status": "skipped", "reason": "the time was used up"}
-                if time.monotonic() < deadline:
-                    result |= attempt(compare, case, design, visit.device)
-                document["cases"].append(result)
-                group = case["operator"], kind, named.partition("(")[0].lower()
-                counts.setdefault(group, Counter())[result["status"]] += 1
-                if result["status"] in ("differs", "failed"):
-                    print(f"{result['status']}: {result['name']}: {result['reason']}", flush=True)
-        records.write(path, document)
-    for group, count in counts.items():
-        print(f"{', '.join(group)}: {', '.join(f'{number} {status}' for status, number in count.items())}")
-    for result in far_offsets(visit, deadline):
-        document["cases"].append(result)
-        records.write(path, document)
-        print(f"{result['name']}: {result['status']} {result['reason'] or ''}", flush=True)
-    return not any(case["status"] in ("differs", "failed") for case in document["cases"])
+            found = designs.designs_for(case, visit.device) if case["option"] is None else [None]
+        for design in found:
+            named = "Pointwise" if design is None else str(design)
+            fields = {"name": f"{named} {' '.join(f'{k}={v}' for k, v in case.items())}", **case, "design": named}
+
+            def run(case=case, design=design):
+                with runner.precision(case["precision"]):
+                    return parity.compare(case, design, visit.device)
+
+            yield Task(fields, run, if_wrong)
+    for operator, sizes in parity.FAR.items():
+        fields = {"name": f"{operator}, more than 2^31 elements", "operator": operator}
+        yield Task(fields, lambda each=(operator, sizes): parity.far_offsets(*each, visit.device), always)
 
 
-def exact_pass(
-    case: dict, projected: Tensor, outer: Tensor, initial: list[Tensor], weight_hh: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """What a pass gives in float64, and what a forward pass keeps for the backward pass, rounded as it does."""
-    from rnnkernels.kernels.eager import general
-    from rnnkernels.kernels.recurrence import Recurrence, Weights
+def stresses(visit: Visit, until: float, watch: Watch) -> None:
+    """A barrier under load, CUDA graphs, grids that do not fit, compute-sanitizer."""
 
-    recurrence, weights = Recurrence(case["operator"]), Weights(weight_hh.double())
-    h_0, c_0, *_ = *(state.double() for state in initial), None
-    trace = general.forward(projected.double(), h_0, c_0, weights, None, None, recurrence)
-    states, gates = trace.output.to(projected.dtype), trace.gates.to(projected.dtype)
-    if case["operator"] == "rnn":
-        kept, gates = [states], states
-    else:
-        kept = [states, gates] if c_0 is None else [states, gates, trace.cells.float()]
-    if case["pass"] == "forward":
-        return trace.output, kept
-    rounded = trace._replace(output=states.double(), gates=gates.double())
-    gradients = general.backward(outer.double(), h_0, c_0, rounded, h_0, c_0, weights, None, None, recurrence)
-    return gradients.gates, kept
+    def tasks() -> Iterator[Task]:
+        for fields, check in stress.tasks(visit.device):
+            yield Task(fields, lambda check=check: check(min(visit.left(until), 0.8 * PATIENCE)), always)
+
+    work(visit, "stress", tasks(), until, watch)
 
 
-def run_forward(operator: str, kernels: ModuleType, buffer: Tensor, initial: list[Tensor], weight_hh: Tensor) -> Tensor:
-    """The states; ``buffer`` holds the projected input and receives what the backward pass reads."""
-    if operator == "rnn":
-        kernels.forward(buffer, *initial, weight_hh, None, "tanh", False)
-        return buffer
-    bias = [None] if operator == "gru" else []
-    return kernels.forward(buffer, *initial, weight_hh, *bias, None, False)[0]
+TINY_GRID = (
+    Case(3, 2, 4, 4, "forward", "LSTM"),
+    Case(3, 20, 4, 4, "forward+backward", "GRU"),
+    Case(3, 2, 4, 4, "forward+backward", "RNN", num_layers=3),
+    Case(3, 2, 4, 4, "forward+backward", "LSTM", padded=True),
+)
 
 
-def run_backward(
-    operator: str, kernels: ModuleType, outer: Tensor, kept: list[Tensor], initial: list[Tensor], weight_hh: Tensor
-) -> Tensor:
-    """The gradient of the projected input, from that of the states and of the final states (some numbers)."""
-    if operator == "rnn":
-        return kernels.backward(outer, *initial, *kept, weight_hh, None, "tanh", False)[0]
-    return kernels.backward(outer, *initial, *kept, *initial, weight_hh, None, False)[0]
+def benchmark_grid(visit: Visit, until: float, watch: Watch) -> None:
+    """Every cell, type, pass and size beside ``torch.nn``, the most telling cases first."""
+    declared = TINY_GRID if visit.rehearsal else grid.cases()
+    print(runner.HEADER, flush=True)
+    work(
+        visit,
+        "grid",
+        (
+            Task(
+                runner.fields(case),
+                lambda case=case: grid.run_case(case, visit.device, **visit.measurement),
+                runner.row,
+            )
+            for case in declared
+        ),
+        until,
+        watch,
+    )
+    entry = visit.file.part("grid")
+    gpu = visit.file.document["machine"]["gpu"]
+    entry["targets"] = grid.verdicts(entry["cases"], gpu, complete=entry["finished"])
+    visit.file.write()
 
 
-def compare_designs(case: dict, device: torch.device, measurement: dict) -> list[dict]:
-    """Microseconds a step of every design that fits, measured side by side."""
-    torch.manual_seed(0)
-    operator, dtype = case["operator"], getattr(torch, case["dtype"])
-    steps, batch, hidden_size = case["sequence_length"], case["batch"], case["hidden_size"]
-    arguments = OPERATORS[operator](1, batch, 1, hidden_size)
-    initial = [arguments[name].to(device, dtype) for name in ("h_0", "c_0") if name in arguments]
-    weight_hh = arguments["weight_hh"].to(device, dtype)
-    # The GRU's kernels take a buffer with room for one part more, in front of the projected input.
-    rows = weight_hh.shape[0]
-    projected = torch.randn(steps, batch, rows + hidden_size * (operator == "gru"), device=device).to(dtype)
-    outer = torch.randn(steps, batch, hidden_size, device=device).to(dtype)
-    triton = triton_kernels(operator)
-    exact, kept = exact_pass(case, projected[..., -rows:], outer, initial, weight_hh)
-    limit = LIMITS[arithmetic(dtype, device)]
+def sweeps(visit: Visit, until: float, watch: Watch) -> None:
+    """Tiles around those of the dispatch table, row by row."""
 
-    def function(design):
-        # In the timed runs, a pass over the buffer starts from what the last one left: as random as the first input.
-        buffer = projected.clone()
+    def show(result: dict) -> str:
+        if result["status"] != "measured":
+            return always(result)
+        becomes = f"-> {result['after']}" if result["literal"] else f"kept of {len(result['candidates'])} candidates"
+        return f"{result['name']}: {result['before']} {becomes}"
 
-        def run():
-            with forced(operator, design):
-                if case["pass"] == "backward":
-                    return run_backward(operator, triton, outer, kept, initial, weight_hh)
-                return run_forward(operator, triton, buffer, initial, weight_hh)
-
-        return run
-
-    def check(run):
-        error = relative_error(run(), exact)
-        right = error <= limit  # False for NaN
-        reason = None if right else f"relative error {error:.1e}, allowed {limit:.1e}"
-        found = {"relative_error": records.finite(error), "allowed_error": limit}
-        return {**found, "status": "measured" if right else "differs", "reason": reason}
-
-    results, functions = [], {}
-    for position, design in enumerate(designs_for(case, device, 1, 1024)):
-        run = function(design)
-        results.append({**case, "design": str(design), "chosen": position == 0, **attempt(check, run)})
-        if results[-1]["status"] == "measured":
-            functions[str(design)] = run
-    times = runner.interleave(functions, runner.clock(device), **measurement)
-    for result in results:
-        if result["design"] in times:
-            per_step = [milliseconds * 1e3 / steps for milliseconds in times[result["design"]]]
-            result["microseconds_per_step"] = runner.summarize(per_step)
-    return results
+    tasks = (
+        Task(tuning.fields(row), lambda row=row: tuning.sweep(row, visit.device, visit.measurement, watch.alive), show)
+        for row in tuning.rows(visit.device)
+    )
+    work(visit, "tuning", tasks, until, watch)
 
 
-def designs(visit: Visit) -> bool:
+def design_times(visit: Visit, until: float, watch: Watch) -> None:
     """Whether the design that the dispatch chooses is the fastest of those that fit."""
-    deadline = time.monotonic() + visit.budget
-    document, path = visit.document("designs"), visit.file("-designs.json")
     sizes, batches, steps = (256, 128, 64, 32, 16, 512, 1024), (64, 1, 16, 256, 1024), 256
     kinds = (ARITHMETIC[2], ARITHMETIC[0], ARITHMETIC[1])  # float16 is as bfloat16
-    measurement = {"seconds": 0.2, "rounds": (7, 100)}
     if visit.rehearsal:
-        sizes, batches, steps, kinds, measurement = (16,), (2,), 3, ARITHMETIC[:1], {"seconds": 0.0, "rounds": (2, 2)}
-    passes = ("forward", "backward")
-    for batch, hidden_size, operator, kind, direction in itertools.product(batches, sizes, OPERATORS, kinds, passes):
-        case = {"operator": operator, "hidden_size": hidden_size, "batch": batch, "sequence_length": steps}
-        case |= {"dtype": kind["dtype"], "precision": kind.get("precision", "highest"), "pass": direction}
-        case["name"] = f"{operator} H={hidden_size} B={batch} {case['dtype']} {case['precision']} {direction}"
-        if time.monotonic() >= deadline:
-            document["cases"].append({**case, "status": "skipped", "reason": "the time was used up"})
-            continue
-        with runner.precision(case["precision"]):
-            try:
-                found = compare_designs(case, visit.device, measurement)
-            except Exception as error:
-                found = [{**case, "status": "failed", "reason": f"{type(error).__name__}: {error}"}]
-        document["cases"] += found
-        records.write(path, document)
-        print(case["name"], flush=True)
-        for result in found:
-            if result["status"] == "measured":
-                figure = f"{result['microseconds_per_step']['median']:8.2f} µs a step"
-            else:
-                figure = f"{result['status']}: {result['reason']}"
-            print(f"  {'*' if result.get('chosen') else ' '} {figure}  {result.get('design', '')}", flush=True)
-    records.write(path, document)
+        sizes, batches, steps, kinds = (16,), (2,), 3, ARITHMETIC[:1]
+
+    def show(result: dict) -> str:
+        figure = f"{result['status']}: {result['reason']}"
+        if result["status"] == "measured":
+            figure = f"{result['microseconds_per_step']['median']:8.2f} µs a step"
+        return f"{result['name']} {'*' if result.get('chosen') else ' '} {figure}  {result.get('design', '')}"
+
+    def tasks() -> Iterator[Task]:
+        passes = stress.PASSES
+        for batch, size, operator, kind, direction in itertools.product(batches, sizes, OPERATORS, kinds, passes):
+            case = {"operator": operator, "hidden_size": size, "batch": batch, "sequence_length": steps}
+            case |= {"dtype": kind["dtype"], "precision": kind.get("precision", "highest"), "pass": direction}
+            name = f"{operator} H={size} B={batch} {case['dtype']} {case['precision']} {direction}"
+
+            def run(case=case):
+                with runner.precision(case["precision"]):
+                    return designs.compare_designs(case, visit.device, visit.measurement)
+
+            yield Task({"name": name, **case}, run, show)
+
+    work(visit, "designs", tasks(), until, watch)
     print("* the dispatch's choice")
-    return not any(case["status"] in ("differs", "failed") for case in document["cases"])
 
 
 TINY = (
@@ -511,38 +418,131 @@ TINY_OPTIONS = tuple(
 )
 
 
-def measure(visit: Visit, declared: Iterable[runner.AnyCase], ending: str) -> bool:
-    """Run cases until the time is used up, and write what they gave."""
-    deadline = time.monotonic() + visit.budget
-    selected = [case for case in declared if re.search(visit.filter, case.name)]
-    measurement = {"seconds": 0.0, "rounds": (2, 2)} if visit.rehearsal else {**runner.FULL, "seconds": 0.5}
-    document = visit.document("benchmarks")
-    table.run(selected, visit.device, document, visit.file(ending), deadline, **measurement)
-    return table.exit_code(document, check=False) == 0
+def measure(visit: Visit, part: str, declared: Iterable[runner.AnyCase], until: float, watch: Watch) -> None:
+    """Run cases of ``python -m benchmarks`` or of ``benchmarks.options``, and judge its targets."""
+    measurement = visit.measurement if visit.rehearsal else {**runner.FULL, "seconds": 0.5}
+    print(runner.HEADER, flush=True)
+    tasks = (
+        Task(runner.fields(case), lambda case=case: runner.run_case(case, visit.device, **measurement), runner.row)
+        for case in declared
+    )
+    work(visit, part, tasks, until, watch)
+    entry = visit.file.part(part)
+    entry["targets"] = runner.verdicts(entry["cases"])
+    visit.file.write()
+    print(f"\n{runner.footer(entry['cases'])}")
 
 
-def benchmarks(visit: Visit) -> bool:
+def benchmarks(visit: Visit, until: float, watch: Watch) -> None:
     """``python -m benchmarks``, with every case that a GPU has."""
-    return measure(visit, TINY if visit.rehearsal else cases(visit.device.type), ".json")
+    measure(visit, "benchmarks", TINY if visit.rehearsal else cases(visit.device.type), until, watch)
 
 
-def options(visit: Visit) -> bool:
+def option_benchmarks(visit: Visit, until: float, watch: Watch) -> None:
     """``python -m benchmarks.options``: what ``torch.nn`` does not have, beside a loop over steps."""
-    return measure(visit, TINY_OPTIONS if visit.rehearsal else option_cases.cases(visit.device.type), "-options.json")
+    measure(visit, "options", TINY_OPTIONS if visit.rehearsal else options.cases(visit.device.type), until, watch)
+
+
+PARTS = {
+    # name: (function, share of the time)
+    "report": (report, 1),
+    "kernels": (kernels, 5),
+    "stress": (stresses, 4),
+    "grid": (benchmark_grid, 12),
+    "tuning": (sweeps, 4),
+    "tests": (tests, 4),
+    "designs": (design_times, 2),
+    "benchmarks": (benchmarks, 3),
+    "options": (option_benchmarks, 2),
+}
+"""In this order. What is left of a call is shared out among the parts that are still to be finished."""
+
+SHORTEST = 30.0
+"""Seconds that a part has at least, as long as the call has them."""
+
+
+def visit_parts(visit: Visit, wanted: list[str]) -> None:
+    """Run the parts that are wanted and not finished yet."""
+    watch = Watch(visit)
+    unfinished = [name for name in wanted if visit.again or not visit.file.part(name)["finished"]]
+    for position, name in enumerate(unfinished):
+        part, share = PARTS[name]
+        now, left = time.monotonic(), visit.left(visit.deadline)
+        seconds = max(SHORTEST, left * share / sum(PARTS[other][1] for other in unfinished[position:]))
+        print(f"\n== {name}: {part.__doc__.partition(chr(10))[0]}", flush=True)
+        if left <= 0:
+            print("the time was used up: another call goes on here", flush=True)
+            continue
+        try:
+            part(visit, min(visit.deadline, now + seconds), watch)
+        except Exception:  # a part that can't run must not lose the others
+            traceback.print_exc()
+        watch.rest()
+        print(f"{name}: {time.monotonic() - now:.0f} s", flush=True)
+
+
+def wrong(document: dict) -> list[tuple[str, dict]]:
+    """Part and case of everything that ought not to be."""
+    bad = ("differs", "failed", "error", "xpass")
+    return [(name, case) for name, part in document["parts"].items() for case in part["cases"] if case["status"] in bad]
+
+
+def summary(document: dict) -> str:
+    """A short table of a visit: its parts, what is wrong, and the grid's ratios and targets."""
+    gpu = document["machine"]["gpu"]
+    lines = [f"{gpu['name'] if gpu else 'a CPU (rehearsal)'}, {document['date']}, sources {document['sources']}", ""]
+    for name in PARTS:
+        part = document["parts"].get(name)
+        if part is None:
+            lines.append(f"{name:11} not begun")
+            continue
+        counts: dict[str, int] = {}
+        for case in part["cases"]:
+            counts[case["status"]] = counts.get(case["status"], 0) + 1
+        told = ", ".join(f"{number} {status}" for status, number in counts.items()) or "nothing"
+        lines.append(f"{name:11} {'finished' if part['finished'] else 'to go on'}: {told}")
+    if found := wrong(document):
+        lines += ["", *(f"{name}: {case['status']}: {case['name']}" for name, case in found[:10])]
+        lines += [f"and {len(found) - 10} more"] * (len(found) > 10)
+    if cases_of_grid := document["parts"].get("grid", {}).get("cases"):
+        lines += ["", "torch.nn's time over rnnkernels', geometric means:", *grid.table(cases_of_grid), ""]
+        lines += [grid.verdict_line(verdict) for verdict in document["parts"]["grid"].get("targets", [])]
+    return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    found = argparse.ArgumentParser(prog="python benchmarks/gpu_visit.py", description=__doc__.partition("\n")[0])
+    found.add_argument("--part", choices=(*PARTS, "all"), action="append", help="can be given again; default: all")
+    found.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the result file")
+    found.add_argument(
+        "--budget", type=float, default=BUDGET, help=f"seconds that the call may take (default: {BUDGET:.0f})"
+    )
+    found.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal without a GPU")
+    found.add_argument("--tests", nargs="+", default=[], help="what pytest runs (default: test files about GPUs)")
+    found.add_argument("--filter", metavar="REGEX", default="", help="only cases in whose name this occurs")
+    found.add_argument("--commit", help="commit of the sources, where they are no git checkout")
+    found.add_argument("--again", action="store_true", help="measure anew what the file has")
+    found.add_argument("--new", action="store_true", help="begin a new file")
+    found.add_argument("--show", metavar="FILE", type=Path, help="print the table of a recorded visit and stop")
+    found.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # the file to extend, in a process of its own
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line, run the parts, and return the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="python benchmarks/gpu_visit.py", description=__doc__.partition("\n")[0])
-    parser.add_argument("--part", choices=(*PARTS, "all"), action="append", help="can be given again; default: all")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the results")
-    parser.add_argument("--budget", type=float, default=500.0, help="seconds that each part may take (default: 500)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal without a GPU")
-    parser.add_argument("--tests", nargs="+", default=[], help="what pytest runs (default: test files about GPUs)")
-    parser.add_argument("--filter", metavar="REGEX", default="", help="only benchmark cases in whose name this occurs")
-    parser.add_argument("--commit", help="commit of the sources, where they are no git checkout")
-    chosen = parser.parse_args(arguments)
+    chosen = parser().parse_args(arguments)
+    try:
+        re.compile(chosen.filter)
+    except re.error as error:
+        parser().error(f"argument --filter: expected a regular expression, got {chosen.filter!r}: {error}")
+    if chosen.show is not None:
+        document = json.loads(chosen.show.read_text())
+        if document.get("kind") != "visit":
+            parser().error(f"argument --show: expected the file of a visit, got one of kind {document.get('kind')!r}")
+        print(summary(document))
+        return 0
     if chosen.device == "cuda" and not torch.cuda.is_available():
         print(
             "There is no GPU that this PyTorch can use; --device cpu rehearses the visit without one.", file=sys.stderr
@@ -554,27 +554,51 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before the first use of Triton
     device = torch.device("cuda", torch.cuda.current_device()) if chosen.device == "cuda" else torch.device("cpu")
-    visit = Visit(
-        device=device,
-        output=chosen.output.resolve(),
-        budget=chosen.budget,
-        commit=chosen.commit,
-        tests=tuple(chosen.tests),
-        filter=chosen.filter,
-        command=("python", "benchmarks/gpu_visit.py", *arguments),
-    )
-    wanted = chosen.part or ["all"]
-    parts = {"report": report, "tests": tests, "kernels": kernels, "designs": designs}
-    parts |= {"benchmarks": benchmarks, "options": options}
-    outcome = {}
-    for name, part in parts.items():
-        if name in wanted or "all" in wanted:
-            print(f"\n== {name}: {part.__doc__.partition(chr(10))[0]}", flush=True)
-            start = time.monotonic()
-            outcome[name] = part(visit)
-            print(f"{name}: {'ok' if outcome[name] else 'FAILED'} after {time.monotonic() - start:.0f} s", flush=True)
-    print(f"\nResults are in {os.path.relpath(visit.output)}")
-    return int(not all(outcome.values()))
+    wanted = [name for name in PARTS if chosen.part is None or {name, "all"} & set(chosen.part)]
+    if chosen.worker is not None:
+        file = records.VisitFile(chosen.worker, json.loads(chosen.worker.read_text()))
+        deadline = time.monotonic() + chosen.budget
+        visit_parts(Visit(device, file, deadline, tuple(chosen.tests), chosen.filter, chosen.again), wanted)
+        return 0
+    return supervise(chosen, arguments, device, wanted)
+
+
+def supervise(chosen: argparse.Namespace, arguments: list[str], device: torch.device, wanted: list[str]) -> int:
+    """Let workers run the parts, one after the other where a GPU fell silent; then print the table.
+
+    The process of a worker is the only thing that ends with a kernel that waits forever.
+    """
+    deadline = time.monotonic() + chosen.budget
+    header = records.header("visit", ["python", "benchmarks/gpu_visit.py", *arguments], device, chosen.commit)
+    file = records.VisitFile.open(chosen.output.resolve(), header, device, chosen.new)
+    file.document.setdefault("calls", []).append({key: header[key] for key in ("date", "command")})
+    file.write()
+    again = arguments
+    while True:
+        seconds = max(0.0, deadline - time.monotonic())
+        command = [sys.executable, str(Path(__file__).resolve()), *again]
+        command += ["--worker", str(file.path), "--budget", str(seconds)]
+        with subprocess.Popen(command, env=environment(), start_new_session=True) as worker:
+            try:
+                code = worker.wait(seconds + GRACE)
+            except subprocess.TimeoutExpired:
+                print("the time is over: the worker was ended", flush=True)
+                code = None
+            except BaseException:
+                os.killpg(worker.pid, signal.SIGKILL)
+                raise
+                os.killpg(worker.pid, signal.SIGKILL)
+        if code != BEGIN_AGAIN or time.monotonic() >= deadline:
+            break
+        again = [argument for argument in arguments if argument != "--again"]  # what it has is of this call
+    document = json.loads(file.path.read_text())
+    print(f"\n{summary(document)}")
+    tuned = document["parts"].get("tuning", {"finished": False})["finished"]
+    asked = chosen.part is not None and "tuning" in chosen.part
+    if tuned and chosen.device != "cpu" and (asked or document["parts"].get("grid", {}).get("finished")):
+        print(f"\nThe dispatch table: {tuning.apply(document)} rows rewritten. A new visit measures what they gain.")
+    print(f"\nResults are in {os.path.relpath(file.path)}")
+    return int(code != 0 or bool(wrong(document)))
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ what that asks of a GPU, and divides by what the GPU's data sheet says:
 - *traffic*: what a step reads and writes in memory, whatever the design: projected input, saved gates, states;
 - *latency*: a barrier over the grid, a launch, or neither; and the chain of dependent instructions of any step.
 
-The **floor** is the barrier or launch and the largest of the others: everything overlaps that could. The **modelled** time
-adds up what depends on each other: latency, chain, product or weights, gates and exchange; the traffic hides behind
-them or takes longer. The input's product and those of the weights' gradients are no part of a step.
+The **floor** is the barrier or launch and the largest of the others: everything overlaps that could. The **modelled**
+time adds up what depends on each other: latency, chain, product or weights, gates and exchange; the traffic hides
+behind them or takes longer. The input's product and those of the weights' gradients are no part of a step.
 
-Data-sheet figures name their source; ``BARRIER``, ``LAUNCH``, ``CHAIN`` and some cache bandwidths are assumptions until a
-recorded visit replaces them.
+Data-sheet figures name their source; ``BARRIER``, ``LAUNCH``, ``CHAIN`` and some cache bandwidths are assumptions until
+a recorded visit replaces them.
 """
 
 import argparse
@@ -45,8 +45,8 @@ LAUNCH = 2.2e-6
 From a loop in Python it is several times that."""
 
 CHAIN = 0.25e-6
-"""Seconds of dependent instructions in a step, whatever its size: a product's and the exponentials' latency, the state's
-way through shared memory. An assumption."""
+"""Seconds of dependent instructions in a step, whatever its size: the latency of a product and of exponentials, and the
+state's way through shared memory. An assumption."""
 
 SHARED_BYTES_PER_CLOCK = 128
 """What a multiprocessor's shared memory delivers: 32 banks of 4 bytes (CUDA C++ Programming Guide, shared memory)."""
@@ -370,9 +370,7 @@ def main(arguments: list[str] | None = None) -> int:
             for hidden_size in HIDDEN_SIZES:
                 columns = []
                 for design in DESIGNS:
-                    found = step(
-                        cell, hidden_size, options.batch, options.multiplication, design, device, direction
-                    )
+                    found = step(cell, hidden_size, options.batch, options.multiplication, design, device, direction)
                     text = f"{found.floor * 1e6:.2f} {found.modelled * 1e6:.2f} {found.limit:>9}" if found else "-"
                     columns.append(f"{text:>25}")
                 print(f"{cell:5}{direction:10}{'H=' + str(hidden_size):9}" + "".join(columns))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import math
 import statistics
@@ -151,6 +152,11 @@ def _input(case: Case, device: torch.device) -> Tensor | PackedSequence:
     return pack_padded_sequence(input, _lengths(case), enforce_sorted=False) if case.packed else input
 
 
+def some(values: Tensor | PackedSequence, rows: Tensor | None) -> Tensor | PackedSequence:
+    """These rows of the batch; None: all."""
+    return values if rows is None else values[:, rows.to(values.device)]
+
+
 def _leaf(input: Tensor | PackedSequence, dtype: torch.dtype) -> tuple[Tensor | PackedSequence, Tensor]:
     """The input in another type, and the tensor in it that gradients are asked for."""
     if isinstance(input, PackedSequence):
@@ -160,52 +166,89 @@ def _leaf(input: Tensor | PackedSequence, dtype: torch.dtype) -> tuple[Tensor | 
     return leaf, leaf
 
 
-def _callables(case: Case, device: torch.device) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    """For each of the modules a function that does what is timed and returns all of its results."""
-    input, cotangents = _input(case, device), None
+def _results(
+    module: torch.nn.Module, input: Tensor | PackedSequence, lengths: Tensor | None, sequence_length: int
+) -> tuple[Tensor, ...]:
+    """Output and final states; with ``lengths``, ``torch.nn`` packs the input and pads the output again."""
+    if lengths is None:
+        output, final = module(input)
+    elif isinstance(module, (rnnkernels.RNN, rnnkernels.GRU, rnnkernels.LSTM)):
+        output, final = module(input, lengths=lengths)
+    else:
+        output, final = module(pack_padded_sequence(input, lengths, enforce_sorted=False))
+        output, _ = pad_packed_sequence(output, total_length=sequence_length)
+    output = output.data if isinstance(output, PackedSequence) else output
+    return (output, *final) if isinstance(final, tuple) else (output, final)
+
+
+@dataclasses.dataclass
+class Call:
+    """What is timed: the results of a side and, unless it is inference, the gradients of ``leaves``."""
+
+    forward: Callable[[], tuple[Tensor, ...]]
+    """All results."""
+    leaves: tuple[Tensor, ...]
+    """The input and every weight; nothing for inference."""
+    cotangents: list[Tensor] = dataclasses.field(default_factory=list)
+    """Gradients of the results, one each."""
+
+    def __call__(self, cotangents: list[Tensor] | None = None) -> tuple[Tensor, ...]:
+        """The results and gradients, from these cotangents or from its own."""
+        if not self.leaves:
+            with torch.no_grad():
+                return self.forward()
+        results = self.forward()
+        return *results, *torch.autograd.grad(results, self.leaves, cotangents or self.cotangents)
+
+
+def calls_of(case: Case, device: torch.device, rows: Tensor | None = None) -> dict[str, Call]:
+    """What is timed of each module, and ``"exact"``, which sees only ``rows`` of the batch."""
+    input = _input(case, device)
     lengths = _lengths(case) if case.padded else None
-
-    def forward(module, input):
-        if lengths is None:
-            output, final = module(input)
-        elif isinstance(module, (rnnkernels.RNN, rnnkernels.GRU, rnnkernels.LSTM)):
-            output, final = module(input, lengths=lengths)
-        else:
-            output, final = module(pack_padded_sequence(input, lengths, enforce_sorted=False))
-            output, _ = pad_packed_sequence(output, total_length=case.sequence_length)
-        output = output.data if isinstance(output, PackedSequence) else output
-        return (output, *final) if isinstance(final, tuple) else (output, final)
-
-    def inference(module, input):
-        with torch.no_grad():
-            return forward(module, input)
-
-    def training(module, input, leaves, cotangents):
-        results = forward(module, input)
-        return *results, *torch.autograd.grad(results, leaves, cotangents)
-
-    functions = {}
+    calls = {}
     for name, module in _modules(case, device).items():
-        dtype = module.weight_ih_l0.dtype
-        own_input, leaf = _leaf(input, dtype)
-        if case.mode == "forward":
-            functions[name] = lambda module=module, input=own_input: inference(module, input)
-            continue
-        if cotangents is None:
-            cotangents = [torch.randn_like(result) for result in inference(module, own_input)]
-        leaves, own_cotangents = (leaf, *module.parameters()), [c.to(dtype) for c in cotangents]
-        functions[name] = lambda m=module, i=own_input, leaves=leaves, c=own_cotangents: training(m, i, leaves, c)
-    return functions
+        selected = rows if name == "exact" else None
+        own_input, leaf = _leaf(some(input, selected), module.weight_ih_l0.dtype)
+        own_lengths = lengths if lengths is None or selected is None else lengths[selected]
+        leaves = (leaf, *module.parameters()) if case.mode == "forward+backward" else ()
+        calls[name] = Call(functools.partial(_results, module, own_input, own_lengths, case.sequence_length), leaves)
+    if case.mode == "forward+backward":
+        with torch.no_grad():
+            cotangents = [torch.randn_like(result) for result in calls["torch.nn"].forward()]
+        for name, call in calls.items():
+            selected = rows if name == "exact" else None
+            call.cotangents = [some(cotangent, selected).to(call.leaves[0].dtype) for cotangent in cotangents]
+    return calls
 
 
-def _errors(case: Case, functions: dict[str, Callable]) -> dict[str, float]:
-    """The largest relative error of any result or gradient, for each side."""
-    exact = functions["exact"]()
+def errors_of(calls: dict[str, Call], exact: tuple[Tensor, ...], rows: Tensor | None = None) -> dict[str, float]:
+    """The largest relative error of any result or gradient, for each side; ``exact`` has ``rows`` of the batch alone.
+
+    Where only some rows are compared, the others get no cotangent, so that the gradients of the weights come from these
+    rows alone.
+    """
     errors = {}
-    for side in SIDES:
-        found = [relative_error(value, right) for value, right in zip(functions[side](), exact, strict=True)]
+    for side, call in calls.items():
+        values = list(call(None if rows is None else [_only(cotangent, rows) for cotangent in call.cotangents]))
+        batched = len(values) - len(call.leaves[1:])  # all but the gradients of the weights
+        values[:batched] = [some(value, rows) for value in values[:batched]]
+        found = [relative_error(*pair) for pair in zip(values, exact, strict=True)]
         errors[side] = math.nan if any(map(math.isnan, found)) else max(found)
     return errors
+
+
+def _only(cotangent: Tensor, rows: Tensor) -> Tensor:
+    """The cotangent with zeros in all other rows of the batch."""
+    rows = rows.to(cotangent.device)
+    return torch.zeros_like(cotangent).index_copy_(1, rows, cotangent[:, rows])
+
+
+def attempt(function: Callable[..., dict], *arguments: object) -> dict:
+    """What the function returns, or that it failed and why: one broken case must not lose the others."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
 
 
 def _compared(case: AnyCase, device: torch.device) -> tuple[dict[str, Callable], dict, dict]:
@@ -215,10 +258,36 @@ def _compared(case: AnyCase, device: torch.device) -> tuple[dict[str, Callable],
             functions, errors, allowed = module.sides(case, device)
             return {side: functions[side] for side in order}, errors, allowed
     limit = LIMITS[arithmetic(getattr(torch, case.dtype), device)]
-    functions = _callables(case, device)
-    errors = _errors(case, functions)
-    del functions["exact"]
+    functions = calls_of(case, device)
+    errors = errors_of(functions, functions.pop("exact")())
     return functions, errors, {"torch.nn": BASELINE_SLACK * limit, "rnnkernels": limit}
+
+
+def compared(errors: dict[str, float], allowed: dict[str, float]) -> dict:
+    """What a result file says of a comparison; the status is ``"differs"`` where a side errs too much."""
+    found = {
+        "relative_error": {side: records.finite(error) for side, error in errors.items()},
+        "allowed_error": allowed,
+        "status": "failed",
+    }
+    wrong = [side for side in errors if not errors[side] <= allowed[side]]  # NaN is wrong
+    if wrong:
+        came = " and ".join(f"{errors[side]:.1e} for {side} ({allowed[side]:.1e} allowed)" for side in wrong)
+        found |= {"status": "differs", "reason": f"relative error of {came}: no speed-up is reported"}
+    return found
+
+
+def timed(times: dict[str, list[float]]) -> dict:
+    """What a result file says of times; the baseline comes first, rnnkernels second."""
+    milliseconds = {side: summarize(of_side) for side, of_side in times.items()}
+    baseline, ours, *_ = milliseconds.values()
+    return {
+        "status": "measured",
+        "reason": None,
+        "milliseconds": milliseconds,
+        "ratio": baseline["median"] / ours["median"],
+        "ratio_of_minima": baseline["minimum"] / ours["minimum"],
+    }
 
 
 def run_case(case: AnyCase, device: torch.device, seconds: float, rounds: tuple[int, int]) -> dict:
@@ -232,25 +301,13 @@ def run_case(case: AnyCase, device: torch.device, seconds: float, rounds: tuple[
     try:
         with precision(case.precision):
             functions, errors, allowed = _compared(case, device)
-            result |= {
-                "relative_error": {side: records.finite(error) for side, error in errors.items()},
-                "allowed_error": allowed,
-            }
-            wrong = [side for side in errors if not errors[side] <= allowed[side]]  # NaN is wrong
-            if wrong:
-                came = " and ".join(f"{errors[side]:.1e} for {side} ({allowed[side]:.1e} allowed)" for side in wrong)
-                return result | {"status": "differs", "reason": f"relative error of {came}: no speed-up is reported"}
+            result |= compared(errors, allowed)
+            if result["status"] == "differs":
+                return result
             times = interleave(functions, clock(device), seconds, rounds)
     except Exception as error:  # one case that can't run must not lose the others
         return result | {"reason": f"{type(error).__name__}: {error}"}
-    milliseconds = {side: summarize(of_side) for side, of_side in times.items()}
-    baseline, ours = milliseconds.values()
-    return result | {
-        "status": "measured",
-        "milliseconds": milliseconds,
-        "ratio": baseline["median"] / ours["median"],
-        "ratio_of_minima": baseline["minimum"] / ours["minimum"],
-    }
+    return result | timed(times)
 
 
 def fields(case: AnyCase) -> dict:

@@ -122,8 +122,9 @@ def errors(operator: str, arguments: dict[str, Tensor], dtype: torch.dtype, devi
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """||actual - expected|| / ||expected||, in float64 on the CPU."""
-    actual, expected = (tensor.detach().double().cpu() for tensor in (actual, expected))
+    """||actual - expected|| / ||expected||, in float64: on the GPU where both are there, else on the CPU."""
+    device = actual.device if actual.device == expected.device and actual.is_cuda else torch.device("cpu")
+    actual, expected = (tensor.detach().to(device).double() for tensor in (actual, expected))
     return float((actual - expected).norm() / expected.norm().clamp_min(1e-300))
 
 

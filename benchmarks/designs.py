@@ -1,0 +1,148 @@
+"""The designs of the Triton kernels, one by one: which there are for a case, and what a step takes in each."""
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks import records, runner
+from rnnkernels import _backend
+from rnnkernels.__main__ import LIMITS, OPERATORS, arithmetic, relative_error
+
+
+def triton_kernels(operator: str) -> ModuleType:
+    """The module of an operator's Triton kernels."""
+    return importlib.import_module(f"rnnkernels.kernels.triton.{operator}")
+
+
+@contextlib.contextmanager
+def forced(operator: str, design) -> Iterator[None]:
+    """Let the Triton kernels of an operator run with a design, whatever the dispatch would choose; None: its choice."""
+    if design is None:
+        with _backend.use_backend("triton"):
+            yield
+        return
+    with _backend.use_backend("triton"), mock.patch.object(triton_kernels(operator), "choose", return_value=design):
+        yield
+
+
+def designs_for(case: dict, device: torch.device, *batches: int) -> list:
+    """The design that the dispatch chooses, and what it has for one launch a step, at this batch and at others."""
+    from rnnkernels.kernels.triton import dispatch
+
+    def choose(batch):
+        return dispatch.choose(case["operator"], case["hidden_size"], batch, getattr(torch, case["dtype"]), device)
+
+    found = [choose(case["batch"])]
+    with mock.patch.object(dispatch, "RESIDENT", {key: {} for key in dispatch.RESIDENT}):
+        found += [choose(batch) for batch in (case["batch"], *batches)]
+    return list(dict.fromkeys(found))
+
+
+def exact_pass(
+    case: dict, projected: Tensor, outer: Tensor, initial: list[Tensor], weight_hh: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """What a pass gives in float64, and what a forward pass keeps for the backward pass, rounded as it does."""
+    from rnnkernels.kernels.eager import general
+    from rnnkernels.kernels.recurrence import Recurrence, Weights
+
+    recurrence, weights = Recurrence(case["operator"]), Weights(weight_hh.double())
+    h_0, c_0, *_ = *(state.double() for state in initial), None
+    trace = general.forward(projected.double(), h_0, c_0, weights, None, None, recurrence)
+    states, gates = trace.output.to(projected.dtype), trace.gates.to(projected.dtype)
+    if case["operator"] == "rnn":
+        kept, gates = [states], states
+    else:
+        kept = [states, gates] if c_0 is None else [states, gates, trace.cells.float()]
+    if case["pass"] == "forward":
+        return trace.output, kept
+    rounded = trace._replace(output=states.double(), gates=gates.double())
+    gradients = general.backward(outer.double(), h_0, c_0, rounded, h_0, c_0, weights, None, None, recurrence)
+    return gradients.gates, kept
+
+
+def forward(operator: str, buffer: Tensor, initial: list[Tensor], weight_hh: Tensor) -> list[Tensor]:
+    """The states, and what else the backward pass reads; ``buffer`` holds the projected input, and receives gates."""
+    kernels = triton_kernels(operator)
+    if operator == "rnn":
+        kernels.forward(buffer, *initial, weight_hh, None, "tanh", False)
+        return [buffer]
+    bias = [None] if operator == "gru" else []
+    output, *_, cells = kernels.forward(buffer, *initial, weight_hh, *bias, None, False)
+    return [output, buffer] if operator == "gru" else [output, buffer, cells]
+
+
+def backward(operator: str, outer: Tensor, kept: list[Tensor], initial: list[Tensor], weight_hh: Tensor) -> Tensor:
+    """The gradient of the projected input, from that of the states and of the final states (some numbers)."""
+    kernels = triton_kernels(operator)
+    if operator == "rnn":
+        return kernels.backward(outer, *initial, *kept, weight_hh, None, "tanh", False)[0]
+    return kernels.backward(outer, *initial, *kept, *initial, weight_hh, None, False)[0]
+
+
+def data_of(case: dict, device: torch.device) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Random initial states, recurrent weights, buffer with the projected input, and gradient of the states."""
+    torch.manual_seed(0)
+    operator, dtype = case["operator"], getattr(torch, case["dtype"])
+    steps, batch, hidden_size = case["sequence_length"], case["batch"], case["hidden_size"]
+    arguments = OPERATORS[operator](1, batch, 1, hidden_size)
+    initial = [arguments[name].to(device, dtype) for name in ("h_0", "c_0") if name in arguments]
+    weight_hh = arguments["weight_hh"].to(device, dtype)
+    # The GRU's kernels take a buffer with room for one part more, in front of the projected input.
+    width = weight_hh.shape[0] + hidden_size * (operator == "gru")
+    projected = torch.randn(steps, batch, width, device=device).to(dtype)
+    outer = torch.randn(steps, batch, hidden_size, device=device).to(dtype)
+    return initial, weight_hh, projected, outer
+
+
+def pass_of(case: dict, device: torch.device) -> Callable[[], object]:
+    """A function that runs the steps of a case's pass, in the design that the dispatch chooses, on random data."""
+    initial, weight_hh, buffer, outer = data_of(case, device)
+    kept = forward(case["operator"], buffer, initial, weight_hh)
+    if case["pass"] == "forward":
+        return lambda: forward(case["operator"], buffer, initial, weight_hh)
+    return lambda: backward(case["operator"], outer, kept, initial, weight_hh)
+
+
+def compare_designs(case: dict, device: torch.device, measurement: dict, designs: list | None = None) -> list[dict]:
+    """Microseconds a step of every design that fits, or of ``designs``, measured side by side."""
+    operator, steps = case["operator"], case["sequence_length"]
+    initial, weight_hh, projected, outer = data_of(case, device)
+    exact, kept = exact_pass(case, projected[..., -weight_hh.shape[0] :], outer, initial, weight_hh)
+    limit = LIMITS[arithmetic(weight_hh.dtype, device)]
+
+    def function(design):
+        # In the timed runs, a pass over the buffer starts from what the last one left: as random as the first input.
+        buffer = projected.clone()
+
+        def run():
+            with forced(operator, design):
+                if case["pass"] == "backward":
+                    return backward(operator, outer, kept, initial, weight_hh)
+                return forward(operator, buffer, initial, weight_hh)[0]
+
+        return run
+
+    def check(run):
+        error = relative_error(run(), exact)
+        right = error <= limit  # False for NaN
+        reason = None if right else f"relative error {error:.1e}, allowed {limit:.1e}"
+        found = {"relative_error": records.finite(error), "allowed_error": limit}
+        return {**found, "status": "measured" if right else "differs", "reason": reason}
+
+    results, functions = [], {}
+    for position, design in enumerate(designs or designs_for(case, device, 1, 1024)):
+        run = function(design)
+        results.append({**case, "design": str(design), "chosen": position == 0, **runner.attempt(check, run)})
+        if results[-1]["status"] == "measured":
+            functions[str(design)] = run
+    times = runner.interleave(functions, runner.clock(device), **measurement)
+    for result in results:
+        if result["design"] in times:
+            per_step = [milliseconds * 1e3 / steps for milliseconds in times[result["design"]]]
+            result["microseconds_per_step"] = runner.summarize(per_step)
+    return results
