@@ -76,8 +76,8 @@ class Visit:
     """Regular expression that the names of cases must contain."""
     again: bool = False
     """Whether what the file has is measured anew."""
-    begun: set[str] = field(default_factory=set)
-    """Names of the cases of this call, where ``again``."""
+    ran: set[tuple[str, str]] = field(default_factory=set)
+    """Part and name of the cases that this call has run."""
 
     @property
     def rehearsal(self) -> bool:
@@ -144,7 +144,7 @@ def fit_for_more(device: torch.device) -> bool:
 
 def work(visit: Visit, part: str, tasks: Iterable[Task], until: float, watch: Watch) -> None:
     """Run the cases that the file lacks until the time is used up, and keep what each gives."""
-    done = visit.begun if visit.again else visit.file.done(part)
+    done = {name for of, name in visit.ran if of == part} if visit.again else visit.file.done(part)
     left = 0
     for task in tasks:
         name = task.fields["name"]
@@ -163,7 +163,7 @@ def work(visit: Visit, part: str, tasks: Iterable[Task], until: float, watch: Wa
         except Exception as error:  # one broken case must not lose the others
             found = [{**task.fields, "status": "failed", "reason": f"{type(error).__name__}: {error}"[:600]}]
         watch.rest()
-        visit.begun.add(name)
+        visit.ran.add((part, name))
         visit.file.keep(part, name, found)
         for result in found:
             if line := task.show(result):

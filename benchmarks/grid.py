@@ -227,12 +227,14 @@ def _ratio(applies: Callable[[Case], bool]) -> Callable[[Case, dict, model.Devic
 
 
 def _of_floor(case: Case, result: dict, device: model.Device | None) -> float | None:
-    step = modelled(case, result.get("design"), device)
-    return None if step is None or step.design == "step" else _microseconds(result) / (1e6 * step.floor)
+    step, microseconds = modelled(case, result.get("design"), device), _microseconds(result)
+    if step is None or microseconds is None or step.design == "step":
+        return None
+    return microseconds / (1e6 * step.floor)
 
 
-def _microseconds(result: dict) -> float:
-    return result["microseconds_per_step"]["median"]
+def _microseconds(result: dict) -> float | None:
+    return result["microseconds_per_step"]["median"] if "microseconds_per_step" in result else None
 
 
 def modelled(case: Case, design: str | None, device: model.Device | None) -> model.Step | None:

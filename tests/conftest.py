@@ -1,6 +1,8 @@
 """One set-up for all tests: kernels run on the GPU where there is one, and in Triton's interpreter where not."""
 
+import json
 import os
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -43,3 +45,18 @@ def poisoned(monkeypatch):
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+@pytest.fixture(scope="session")
+def conform():
+    """A function that holds a result file's content to the schema."""
+    jsonschema = pytest.importorskip("jsonschema", reason="comes with nbval")
+    schema = json.loads((Path(__file__).resolve().parent.parent / "benchmarks" / "schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+
+    def conform(document):
+        error = jsonschema.exceptions.best_match(validator.iter_errors(document))
+        assert error is None, f"{error.json_path}: {error.message}"
+
+    return conform

@@ -2,8 +2,6 @@
 
 import dataclasses
 import gc
-import importlib
-import itertools
 import json
 import math
 import os
@@ -16,7 +14,6 @@ import pytest
 import torch
 
 import rnnkernels as rk
-from rnnkernels.__main__ import OPERATORS, options_of
 from rnnkernels.kernels.eager import rnn as eager
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,21 +29,6 @@ from benchmarks.training import STREAMS, TrainingCase  # noqa: E402
 CPU = torch.device("cpu")
 MOMENT = {"seconds": 0.0, "rounds": (2, 2)}
 TRAINING, INFERENCE = Case(40, 3, 4, 6), Case(40, 3, 4, 6, mode="forward")
-
-
-@pytest.fixture(scope="module")
-def conform():
-    """A function that holds a result file's content to the schema."""
-    jsonschema = pytest.importorskip("jsonschema", reason="comes with nbval")
-    schema = json.loads((ROOT / "benchmarks" / "schema.json").read_text())
-    jsonschema.Draft202012Validator.check_schema(schema)
-    validator = jsonschema.Draft202012Validator(schema)
-
-    def conform(document):
-        error = jsonschema.exceptions.best_match(validator.iter_errors(document))
-        assert error is None, f"{error.json_path}: {error.message}"
-
-    return conform
 
 
 def document(kind="benchmarks", **more):
@@ -410,18 +392,42 @@ def test_a_file_says_where_it_comes_from(conform):
 
 def test_sources_without_git_take_the_commit_that_is_given(monkeypatch, conform):
     monkeypatch.setattr(records, "_git", lambda *arguments: None)
-    found = records.header("kernels", ["x"], CPU, commit="abc")
+    found = records.header("benchmarks", ["x"], CPU, commit="abc")
     assert (found["commit"], found["dirty"]) == ("abc", None)
-    conform({**found, "cases": []})
+    conform({**found, "cases": [], "targets": []})
 
 
 def test_files_never_replace_one_another(tmp_path):
     paths = []
     for _ in range(3):
-        paths.append(records.new_file(tmp_path, CPU, "-kernels.json"))
+        paths.append(records.new_file(tmp_path, CPU))
         records.write(paths[-1], {})
-    endings = [path.name.partition("-cpu")[2] for path in paths]
-    assert endings == ["-kernels.json", "-2-kernels.json", "-3-kernels.json"]
+    assert [path.name.partition("-cpu")[2] for path in paths] == [".json", "-2.json", "-3.json"]
+
+
+def test_a_case_is_a_line(tmp_path):
+    found = {"a": {"cases": [{"x": [1, None], "y": {"z": "\n"}}, {"x": 2}], "empty": []}, "b": 1.5, "c": {}}
+    path = tmp_path / "file.json"
+    records.write(path, found)
+    assert json.loads(path.read_text()) == found
+    assert '   {"x": 2}\n' in path.read_text()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        records.write(path, {"cases": [{"x": math.nan}]})
+    assert json.loads(path.read_text()) == found
+
+
+def test_equal_sources_have_one_fingerprint(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    (tmp_path / "rnnkernels").mkdir()
+    source = tmp_path / "rnnkernels" / "a.py"
+    source.write_text("1\n")
+    first = records.fingerprint()
+    source.write_text("2\n")
+    second = records.fingerprint()
+    source.write_text("1\n")
+    assert first == records.fingerprint() != second
+    source.rename(source.with_name("b.py"))
+    assert records.fingerprint() != first
 
 
 def test_the_schema_refuses_a_ratio_that_was_not_measured(conform):
@@ -448,139 +454,10 @@ def test_the_readme_explains_every_field():
     declared = {field.name for field in (*dataclasses.fields(Case), *dataclasses.fields(OptionCase))}
     names += set(schema["$defs"]["option"]["properties"]) - declared
     names += set(schema["$defs"]["benchmark"]["properties"]) - declared
+    parts = schema["oneOf"][1]["properties"]["parts"]["properties"]
+    names += [*parts, *(name for part in parts.values() for name in part["properties"])]
+    for kind in ("check", "row", "design"):
+        names += set(schema["$defs"][kind]["properties"]) - declared
+    names += schema["$defs"]["row"]["properties"]["candidates"]["items"]["properties"]
     missing = [name for name in names if f"`{name}`" not in readme]
     assert not missing
-
-
-# ---------------------------------------------------------------- the visit to a GPU
-
-
-@pytest.fixture
-def visit(monkeypatch):
-    pytest.importorskip("triton", reason="Triton is not installed")
-    return importlib.import_module("benchmarks.gpu_visit")
-
-
-def test_reading_what_pytest_prints(visit):
-    lines = [
-        "tests/test_a.py::test_x[a b-1] PASSED                 [  9%]",
-        "tests/test_a.py::test_y SKIPPED (needs a CUDA device)  [ 18%]",
-        "[gw3] [ 27%] FAILED tests/test_a.py::test_z[1-2] ",
-        "tests/test_a.py::test_w ",
-        "=========================== short test summary info ============================",
-        "FAILED tests/test_a.py::test_z[1-2] - assert 0",
-    ]
-    assert visit.read_tests(lines) == [
-        {"name": "tests/test_a.py::test_x[a b-1]", "status": "passed"},
-        {"name": "tests/test_a.py::test_y", "status": "skipped"},
-        {"name": "tests/test_a.py::test_z[1-2]", "status": "failed"},
-    ]
-
-
-def test_the_tests_that_have_to_do_with_a_gpu_are_found(visit):
-    assert "tests/test_kernels.py" in visit.tests_of_gpus()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_visit_needs_a_gpu(tmp_path):
-    finished = run_script("benchmarks/gpu_visit.py", "--output", str(tmp_path))
-    assert finished.returncode == 2
-    assert finished.stderr.startswith("There is no GPU")
-    assert not finished.stdout
-    assert not os.listdir(tmp_path)
-
-
-@pytest.mark.interpreter
-@pytest.mark.slow
-def test_a_rehearsal_goes_through_every_part(tmp_path, conform):
-    arguments = ["--device", "cpu", "--output", str(tmp_path), "--tests", "tests/test_main.py::test_relative_error"]
-    finished = run_script("benchmarks/gpu_visit.py", *arguments)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    written = {path.name.partition("-cpu")[2]: path for path in tmp_path.iterdir()}
-    endings = [".json", "-designs.json", "-kernels.json", "-options.json"]
-    endings += ["-report.txt", "-tests.json", "-tests.log"]
-    assert sorted(written) == sorted(endings)
-    found = {ending: json.loads(written[ending].read_text()) for ending in endings if ending.endswith("json")}
-    for content in found.values():
-        conform(content)
-        assert content["machine"]["device"] == "cpu"
-    assert found["-tests.json"]["cases"] == [{"name": "tests/test_main.py::test_relative_error", "status": "passed"}]
-    for ending in ("-kernels.json", "-designs.json"):
-        designs = {(case["operator"], case.get("design", "").partition("(")[0]) for case in found[ending]["cases"]}
-        assert designs >= set(itertools.product(("rnn", "gru", "lstm"), ("Resident", "Persistent", "Step")))
-    options = {(case["operator"], case["option"]) for case in found["-kernels.json"]["cases"] if case.get("option")}
-    assert options == {(operator, option) for operator in OPERATORS for option in options_of(operator, 3, 2, 5)}
-    assert {case["status"] for case in found["-kernels.json"]["cases"]} == {"agrees"}
-    assert {case["status"] for case in found["-designs.json"]["cases"]} == {"measured"}
-    for ending in (".json", "-options.json"):
-        assert {case["status"] for case in found[ending]["cases"]} == {"measured"}
-
-
-@pytest.mark.interpreter
-def test_a_visit_without_time_lists_what_it_left_out(tmp_path, conform):
-    parts = [word for part in ("kernels", "designs", "benchmarks", "options") for word in ("--part", part)]
-    finished = run_script(
-        "benchmarks/gpu_visit.py", "--device", "cpu", "--output", str(tmp_path), "--budget", "0", *parts
-    )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    for path in tmp_path.iterdir():
-        content = json.loads(path.read_text())
-        conform(content)
-        assert {case["status"] for case in content["cases"]} == {"skipped"}
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize(
-    ("operator", "nonlinearity"), [("rnn", "tanh"), ("rnn", "relu"), ("gru", None), ("lstm", None)]
-)
-def test_a_wrong_kernel_is_seen(monkeypatch, visit, operator, nonlinearity, kernel_device):
-    kernels = visit.triton_kernels(operator)
-    case = {"operator": operator, "sequence_length": 5, "batch": 4, "hidden_size": 6, "dtype": "float32"}
-    case |= {"nonlinearity": nonlinearity, "option": None, "reverse": False, "lengths": True}
-    backward = kernels.backward
-    for design in visit.designs_for(case, kernel_device):
-        monkeypatch.setattr(kernels, "backward", backward)
-        assert visit.compare(case, design, kernel_device)["status"] == "agrees"
-        monkeypatch.setattr(kernels, "backward", lambda *arguments: [g * 1.01 for g in backward(*arguments)])
-        result = visit.compare(case, design, kernel_device)
-        assert result["status"] == "differs"
-        assert "gradient of weight_hh" in result["reason"]
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_a_wrong_design_is_not_timed(monkeypatch, visit, operator, direction, kernel_device):
-    case = {"operator": operator, "sequence_length": 3, "batch": 2, "hidden_size": 6, "dtype": "float32"}
-    case |= {"precision": "highest", "pass": direction}
-    results = visit.compare_designs(case, kernel_device, MOMENT)
-    assert [result["status"] for result in results] == ["measured"] * len(results)
-    assert [result["chosen"] for result in results] == [True] + [False] * (len(results) - 1)
-    name = f"run_{direction}"
-    run = getattr(visit, name)
-    monkeypatch.setattr(visit, name, lambda *arguments: run(*arguments) * 1.01)
-    for result in visit.compare_designs(case, kernel_device, MOMENT):
-        assert result["status"] == "differs"
-        assert "microseconds_per_step" not in result
-
-
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_a_design_is_forced(visit, operator, kernel_device):
-    from rnnkernels.kernels.triton import dispatch
-
-    kernels, case = visit.triton_kernels(operator), {"operator": operator, "batch": 4, "hidden_size": 6}
-    resident, persistent, step = visit.designs_for({**case, "dtype": "float32"}, kernel_device)
-    assert [type(d) for d in (resident, persistent, step)] == [dispatch.Resident, dispatch.Persistent, dispatch.Step]
-    with visit.forced(operator, step):
-        assert kernels.choose(operator, 6, 4, torch.float32, kernel_device) == step
-        assert rk._backend._selected == "triton"
-    assert kernels.choose(operator, 6, 4, torch.float32, kernel_device) == resident
-
-
-def test_a_command_that_outlasts_its_time_is_ended(visit, tmp_path, capsys):
-    late = tmp_path / "late"
-    program = f"import pathlib, time; print('begun', flush=True); time.sleep(30); pathlib.Path({str(late)!r}).touch()"
-    code, lines = visit.stream([sys.executable, "-c", program], tmp_path / "log", seconds=3)
-    assert code is None
-    assert lines in (["begun"], [])
-    assert not late.exists()
