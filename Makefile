@@ -61,7 +61,7 @@ format: $(READY)               ## repair what lint can repair
 bench: $(READY)                ## time rnnkernels against torch.nn on this machine
 	@$(PY) -m benchmarks $(ARGS)
 
-gpu-visit: $(READY)            ## on a machine with a GPU: tests, then benchmarks, results as JSON
+gpu-visit: $(READY)            ## on a machine with a GPU: checks, benchmarks, tuning; again, to go on
 	@$(PY) benchmarks/gpu_visit.py $(ARGS)
 
 ##@ Maintain

@@ -20,27 +20,43 @@ def triton_kernels(operator: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def forced(operator: str, design) -> Iterator[None]:
-    """Let the Triton kernels of an operator run with a design, whatever the dispatch would choose; None: its choice."""
-    if design is None:
-        with _backend.use_backend("triton"):
-            yield
-        return
-    with _backend.use_backend("triton"), mock.patch.object(triton_kernels(operator), "choose", return_value=design):
+def forced(operator: str, design, of_its_kind: bool = False) -> Iterator[None]:
+    """Let the Triton kernels of an operator run with a design, whatever the dispatch would choose; None: its choice.
+
+    ``of_its_kind``: in each pass with what the dispatch has of this kind for it, since a backward pass may need another
+    tile than the forward pass.
+    """
+
+    def choose(cell, hidden_size, batch, dtype, device, **direction):
+        if not of_its_kind:
+            return design
+        found = available(cell, hidden_size, batch, dtype, device, **direction)
+        return next((each for each in found if type(each) is type(design)), found[-1])
+
+    with _backend.use_backend("triton"), contextlib.ExitStack() as stack:
+        if design is not None:
+            stack.enter_context(mock.patch.object(triton_kernels(operator), "choose", choose))
         yield
 
 
-def designs_for(case: dict, device: torch.device, *batches: int) -> list:
-    """The design that the dispatch chooses, and what it has for one launch a step, at this batch and at others."""
+def available(cell: str, hidden_size: int, batch: int, dtype: torch.dtype, device: torch.device, **direction) -> list:
+    """The designs that fit, the dispatch's choice first, one launch a step last."""
     from rnnkernels.kernels.triton import dispatch
 
-    def choose(batch):
-        return dispatch.choose(case["operator"], case["hidden_size"], batch, getattr(torch, case["dtype"]), device)
-
-    found = [choose(case["batch"])]
+    if hasattr(dispatch, "designs"):
+        return dispatch.designs(cell, hidden_size, batch, dtype, device, **direction)
+    found = [dispatch.choose(cell, hidden_size, batch, dtype, device)]
     with mock.patch.object(dispatch, "RESIDENT", {key: {} for key in dispatch.RESIDENT}):
-        found += [choose(batch) for batch in (case["batch"], *batches)]
+        found.append(dispatch.choose(cell, hidden_size, batch, dtype, device))
     return list(dict.fromkeys(found))
+
+
+def designs_for(case: dict, device: torch.device, *batches: int) -> list:
+    """The designs that fit a case, the dispatch's choice first, and what it has for one launch a step at others."""
+    arguments = case["operator"], case["hidden_size"]
+    rest = getattr(torch, case["dtype"]), device
+    found = available(*arguments, case["batch"], *rest)
+    return list(dict.fromkeys(found + [available(*arguments, batch, *rest)[-1] for batch in batches]))
 
 
 def exact_pass(

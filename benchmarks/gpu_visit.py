@@ -370,7 +370,7 @@ def sweeps(visit: Visit, until: float, watch: Watch) -> None:
 
     tasks = (
         Task(tuning.fields(row), lambda row=row: tuning.sweep(row, visit.device, visit.measurement, watch.alive), show)
-        for row in tuning.rows(visit.device)
+        for row in tuning.rows_for(visit.device)
     )
     work(visit, "tuning", tasks, until, watch)
 

@@ -56,6 +56,12 @@ def cases() -> list[Case]:
     return list(dict.fromkeys((*FIRST, *ordered)))
 
 
+def missing(results: list[dict]) -> list[Case]:
+    """The cases of the grid that were not measured."""
+    measured = {result["name"] for result in results if result["status"] == "measured"}
+    return [case for case in cases() if case.name not in measured]
+
+
 def _ranked(*axes: tuple) -> list[tuple[int, tuple]]:
     """Every combination, with the sum of its positions on the axes."""
     positions = itertools.product(*(range(len(axis)) for axis in axes))
@@ -323,7 +329,8 @@ def table(results: list[dict]) -> list[str]:
 
 def verdict_line(verdict: dict) -> str:
     """A target in a line."""
-    met = {True: "met", False: "NOT met", None: "not measured"}[verdict["met"]]
+    undecided = "not measured yet" if verdict["value"] is None else "undecided"
+    met = {True: "met", False: "NOT met", None: undecided}[verdict["met"]]
     bound = f"at least {verdict['at_least']}" if "at_least" in verdict else f"at most {verdict['at_most']}"
     value = "" if verdict["value"] is None else f", is {verdict['value']:.2f}"
     if verdict["met"] is None and value:

@@ -217,8 +217,8 @@ class _Problem:
     device: Device
     direction: str
 
-    def parts(self, rows: int, units: int, programs: int, weights: float, exchange: float) -> dict[str, float]:
-        """A program of ``rows`` and ``units`` on each of ``programs`` multiprocessors."""
+    def parts(self, rows: int, units: int, weights: float, exchange: float) -> dict[str, float]:
+        """Seconds for a multiprocessor that works on so many rows of the batch and hidden units."""
         device = self.device
         activations = ACTIVATIONS[self.cell][self.direction == "backward"]
         moved = traffic(self.cell, self.hidden_size, self.batch, self.multiplication, self.direction)
@@ -250,8 +250,10 @@ def _resident(problem: _Problem) -> Step | None:
         return None
     tiles = math.ceil(problem.batch / ROWS)
     weights = GATES[problem.cell] * width**2 * problem.size / SHARED_BYTES_PER_CLOCK / device.clock
-    parts = problem.parts(ROWS, width, tiles, weights, exchange=0.0)
-    return Step("resident", 0.0, parts, waves=math.ceil(tiles / device.multiprocessors))
+    waves = math.ceil(tiles / device.multiprocessors)
+    parts = problem.parts(ROWS, width, weights, exchange=0.0)
+    parts["traffic"] /= waves  # each takes its share
+    return Step("resident", 0.0, parts, waves)
 
 
 def _persistent(problem: _Problem) -> Step | None:
@@ -266,7 +268,7 @@ def _persistent(problem: _Problem) -> Step | None:
         rows = _up(math.ceil(problem.batch / groups), ROWS)
         weights = math.ceil(rows / 64) * held / SHARED_BYTES_PER_CLOCK / device.clock
         read = slices * groups * rows * problem.hidden_size * problem.exchanged * problem.size
-        parts = problem.parts(rows, units, slices * groups, weights, read / device.cache_bandwidth)
+        parts = problem.parts(rows, units, weights, read / device.cache_bandwidth)
         found.append(Step("persistent", BARRIER, parts))
     return min(found, key=lambda step: step.modelled, default=None)
 
@@ -282,7 +284,7 @@ def _step(problem: _Problem) -> Step:
     if matrix > device.cache_size:
         weights = max(weights, matrix / device.memory_bandwidth)
     waves = math.ceil(tiles * slices / device.multiprocessors)
-    parts = problem.parts(waves * tile, 32, tiles * slices, weights, read / device.cache_bandwidth)
+    parts = problem.parts(waves * tile, 32, weights, read / device.cache_bandwidth)
     return Step("step", LAUNCH, parts)
 
 

@@ -91,7 +91,7 @@ def compare(case: dict, design, device: torch.device) -> dict:
     if case["option"] is not None:
         weights, given = options_of(case["operator"], sequence_length, batch, case["hidden_size"])[case["option"]]
         arguments, options, limit = arguments | weights, options | given, limit * OPTIONS_SLACK
-    with forced(case["operator"], design), poisoned():
+    with forced(case["operator"], design, of_its_kind=True), poisoned():
         found = errors(case["operator"], arguments, dtype, device, **options)
     # A pre-activation within rounding of zero may fall on either side of ReLU's kink: a share of the gradients of about
     # the limit is then wholly different, and the norm of that is its root.

@@ -168,6 +168,18 @@ class VisitFile:
         write(self.path, self.document)
 
 
+def visits(folder: Path) -> list[dict]:
+    """The newest visit to each GPU that a folder holds, by the GPU's name. A rehearsal is no visit."""
+    newest: dict[str, dict] = {}
+    for path in sorted(folder.glob("**/*.json")):
+        document = json.loads(path.read_text())
+        if document["kind"] == "visit" and document["machine"]["gpu"] is not None:
+            name = document["machine"]["gpu"]["name"]
+            if name not in newest or document["date"] > newest[name]["date"]:
+                newest[name] = document
+    return [newest[name] for name in sorted(newest)]
+
+
 def _identity(document: dict) -> tuple:
     """What two calls of one visit have in common."""
     return document["sources"], document["commit"], document["software"], document["machine"]["gpu"]

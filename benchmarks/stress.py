@@ -10,8 +10,10 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -129,15 +131,26 @@ def in_a_graph(case: dict, design, device: torch.device) -> dict:
 
 
 def too_large(case: dict, design, device: torch.device) -> dict:
-    """Whether a grid of more programs than can run at once, which would wait forever, is refused."""
+    """Whether a grid of more programs than can run at once, which would wait forever, is refused.
+
+    The launch fails, or the kernels say that they go on without it.
+    """
+    from rnnkernels.kernels.triton import dispatch
+
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     case = {**case, "batch": 64 * multiprocessors * design.block_batch, "sequence_length": 2}
-    try:
-        Pass(case, design, device)()
-        torch.cuda.synchronize(device)
-    except (RuntimeError, ValueError) as error:
+    refusals = []
+    # What a refusal teaches the dispatch is forgotten again.
+    with mock.patch.object(dispatch, "_refused", set(), create=True), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            Pass(case, design, device)()
+        except (RuntimeError, ValueError) as error:
+            refusals.append(str(error))
         torch.cuda.synchronize(device)  # raises where the GPU is not fit for more
-        return {"status": "agrees", "reason": f"refused: {error}"[:300]}
+    refusals += [str(warning.message) for warning in caught if "cooperative" in str(warning.message)]
+    if refusals:
+        return {"status": "agrees", "reason": f"refused: {refusals[0]}"[:300]}
     return {"status": "differs", "reason": "a grid that does not fit was not refused"}
 
 

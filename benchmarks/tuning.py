@@ -50,7 +50,7 @@ class Row:
     """A row of a dispatch table, and what it is tuned on."""
 
     table: str
-    """``"STEP"`` or ``"RESIDENT"``."""
+    """``"STEP"``, ``"RESIDENT"`` or ``"PERSISTENT"``."""
     keys: tuple
     """The keys that lead to the row, from the outside."""
     design: object
@@ -61,6 +61,8 @@ class Row:
     """Bytes that it may need."""
     cases: tuple[dict, ...]
     """Passes whose times count, as ``benchmarks.designs`` takes them."""
+    entries: tuple[tuple[object, tuple, int], ...] = ()
+    """For a row that lists tiles in the order of preference: each with its key and value."""
 
     @property
     def name(self) -> str:
@@ -68,8 +70,8 @@ class Row:
         return f"{self.table} {', '.join(map(repr, self.keys))}"
 
     def neighbours(self, design) -> list:
-        """Designs that differ from this one in one field, by one place in its range."""
-        found = []
+        """Designs that differ from this one in one field, by one place in its range; or all that the row lists."""
+        found = [other for other, _, needed in self.entries if needed <= self.shared_memory and other != design]
         for field in self.fields:
             values, here = RANGES[field], getattr(design, field)
             if here in values:
@@ -82,6 +84,9 @@ class Row:
         """What the table says of a design."""
         if self.table == "RESIDENT":
             return f"({design.num_warps}, {shared_memory})"
+        if self.table == "PERSISTENT":  # the best tile comes first, the others stay in their order
+            ordered = sorted(self.entries, key=lambda entry: entry[0] != design)
+            return repr({key: value for _, key, value in ordered})
         return repr(design)
 
 
@@ -100,8 +105,8 @@ KINDS = {
 }
 
 
-def rows(device: torch.device) -> list[Row]:
-    """Every row of the tables, what matters most first; for a rehearsal on a CPU, one of each."""
+def rows(shared_memory: int) -> list[Row]:
+    """Every row of the tables, what matters most first; resident designs may need so many bytes of shared memory."""
     from rnnkernels.kernels.triton import dispatch
 
     found = []
@@ -114,22 +119,48 @@ def rows(device: torch.device) -> list[Row]:
         for block, (num_warps, _) in blocks.items():
             design = dispatch.Resident(block_batch=16, block_hidden=block, num_warps=num_warps)
             cases = _cases(cell, (block,), 64, (KINDS[multiplication],))
-            limit = dispatch.shared_memory(device)
-            found.append(Row("RESIDENT", ((cell, multiplication), block), design, ("num_warps",), limit, cases))
-    found.sort(key=_rank)
+            found.append(Row("RESIDENT", ((cell, multiplication), block), design, ("num_warps",), shared_memory, cases))
+    for (cell, multiplication), sizes in getattr(dispatch, "PERSISTENT", {}).items():
+        for inner_size, tiles in sizes.items():
+            inner = dispatch.inner_block(inner_size, multiplication)
+            entries = tuple(
+                (dispatch.Persistent(*tile, inner, inner_size // inner), tile, needed) for tile, needed in tiles.items()
+            )
+            fit = [design for design, _, needed in entries if needed <= shared_memory]
+            if len(fit) > 1:
+                cases = _cases(cell, (inner_size,), 16, (KINDS[multiplication],))
+                keys = (cell, multiplication), inner_size
+                found.append(Row("PERSISTENT", keys, fit[0], (), shared_memory, cases, entries))
+    return sorted(found, key=_rank)
+
+
+def rows_for(device: torch.device) -> list[Row]:
+    """The rows to tune on a GPU; on a CPU one of each table, with little to do."""
+    from rnnkernels.kernels.triton import dispatch
+
+    found = rows(dispatch.shared_memory(device))
     if device.type == "cpu":
         small = {"batch": 2, "hidden_size": 16, "sequence_length": 2, **KINDS["ieee"]}
-        cases = tuple({**case, **small} for case in found[0].cases[:2])
-        found = [dataclasses.replace(row, fields=("num_warps",), cases=cases) for row in (found[0], found[-1])]
+        tables = {row.table: row for row in found if row.table != "PERSISTENT"}
+        found = [
+            dataclasses.replace(
+                row,
+                fields=("num_warps",),
+                cases=tuple({**case, **small} for case in row.cases[:2]),  # forward and backward
+            )
+            for row in tables.values()
+        ]
     return found
 
 
 def _rank(row: Row) -> tuple:
-    """First tiles for aligned sizes and products in 16 bits; small resident blocks last."""
+    """First persistent tiles and products in 16 bits, then those of aligned sizes; small resident blocks last."""
     if row.table == "STEP":
-        return 0 if row.keys[0][2] else 2, 0
-    (_, multiplication), block = row.keys
-    return 1 if multiplication == "16-bit" else 3, -block
+        return 1 if row.keys[0][2] else 3, 0
+    (_, multiplication), size = row.keys
+    if row.table == "PERSISTENT":
+        return 0 if multiplication == "16-bit" else 4, 0
+    return 2 if multiplication == "16-bit" else 4, -size
 
 
 @contextlib.contextmanager

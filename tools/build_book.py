@@ -28,7 +28,13 @@ BUILD = ROOT / "_build"
 STATE = BUILD / "state.json"
 INDEX = BUILD / "html" / "index.html"
 # What a chapter's outputs depend on beside its own code
-READ_BY_CHAPTERS = ["rnnkernels/**/*.py", "book/*.py", "book/data/**/*", "benchmarks/results/**/*.json"]
+READ_BY_CHAPTERS = [
+    "rnnkernels/**/*.py",
+    "book/*.py",
+    "book/data/**/*",
+    "benchmarks/*.py",
+    "benchmarks/results/**/*.json",
+]
 # What the pages depend on beside that
 READ_BY_PAGES = ["_config.yml", "_toc.yml", "book/**/*", "_extra/**/*", "tools/build_book.py", "*.md", "CITATION.cff"]
 IGNORED = {"__pycache__", ".ipynb_checkpoints", ".jupyter_cache"}

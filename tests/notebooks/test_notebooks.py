@@ -22,9 +22,11 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 ROOT = Path(__file__).resolve().parents[2]
 CHAPTERS = sorted((ROOT / "book").glob("[0-9][0-9]_*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))  # chapters, and pages that are computed
 PINNED = {"nbval-check-output", "keep_output"}
 
 each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
 def cells(path, kind):
@@ -53,7 +55,7 @@ def test_the_table_of_contents_lists_every_chapter():
     assert listed
 
 
-@each_chapter
+@each_notebook
 def test_is_a_valid_notebook(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
@@ -65,7 +67,7 @@ def test_is_a_valid_notebook(path):
     assert set(notebook.metadata) <= {"kernelspec", "language_info"}, "only what every machine has in common"
 
 
-@each_chapter
+@each_notebook
 def test_carries_output_only_where_it_is_pinned(path):
     for cell in cells(path, "code"):
         pinned = tags(cell) & PINNED
@@ -95,14 +97,14 @@ def test_names_and_checks_every_labelled_equation(path):
     assert len(checks) >= len(labels)
 
 
-@each_chapter
+@each_notebook
 def test_displays_no_equation_without_a_label(path):
     prose = "\n".join(cell.source for cell in cells(path, "markdown"))
     displayed = re.findall(r"^[ \t]*\$\$(.+?)\$\$[ \t]*(\([\w:-]+\))?", prose, flags=re.M | re.S)
     assert [formula[:40] for formula, label in displayed if not label] == []
 
 
-@each_chapter
+@each_notebook
 def test_hides_nothing_from_the_tests(path):
     escapes = {"nbval-skip", "nbval-ignore-output", "raises-exception", "skip-execution"}
     for cell in cells(path, "code"):
@@ -112,7 +114,7 @@ def test_hides_nothing_from_the_tests(path):
 
 def test_every_label_is_used_once_in_the_book():
     labels = []
-    for path in CHAPTERS:
+    for path in NOTEBOOKS:
         prose = "\n".join(cell.source for cell in cells(path, "markdown"))
         labels += re.findall(r"\$\$[ \t]*\(([\w:-]+)\)|^:label: *(\S+)|^\(([\w:-]+)\)=$", prose, flags=re.M)
         labels += [c.metadata.get("mystnb", {}).get("figure", {}).get("name") for c in cells(path, "code")]
@@ -123,8 +125,8 @@ def test_every_label_is_used_once_in_the_book():
 def test_nbval_collects_every_cell():
     code, output = run_nbval(ROOT / "book", "--collect-only", "-q")
     assert code == 0, output
-    collected = Counter(re.findall(r"(\d\d_\w+)\.ipynb::Cell \d+", output))
-    assert collected == {path.stem: sum(bool(c.source.strip()) for c in cells(path, "code")) for path in CHAPTERS}
+    collected = Counter(re.findall(r"(\w+)\.ipynb::Cell \d+", output))
+    assert collected == {path.stem: sum(bool(c.source.strip()) for c in cells(path, "code")) for path in NOTEBOOKS}
 
 
 def pinned(source, text):
@@ -154,6 +156,6 @@ def test_nbval_fails_broken_notebooks_only(tmp_path):
 
 def test_nothing_but_notebooks_is_needed_to_read_them():
     """A notebook is JSON in one canonical form, so that a change of one cell is a change of a few lines."""
-    for path in CHAPTERS:
+    for path in NOTEBOOKS:
         text = path.read_text(encoding="utf-8")
         assert text == json.dumps(json.loads(text), indent=1, ensure_ascii=False) + "\n", path.name

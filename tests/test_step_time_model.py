@@ -1,0 +1,127 @@
+"""The model of a step's time: against arithmetic done by hand, and against what must be true of any such model."""
+
+import doctest
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import model  # noqa: E402
+
+CELLS, KINDS, PASSES = tuple(model.GATES), tuple(model.BYTES), ("forward", "backward")
+EVERY = list(itertools.product(CELLS, KINDS, PASSES))
+
+
+def test_its_examples():
+    assert doctest.testmod(model).failed == 0
+
+
+@pytest.mark.parametrize("device", model.DEVICES.values(), ids=lambda device: device.name)
+def test_data_sheets_agree_with_themselves(device):
+    """Peaks are operations per clock and multiprocessor, powers of two, times clocks and multiprocessors."""
+    for kind, operations in device.operations.items():
+        each = operations / device.multiprocessors / device.clock
+        nearest = min((2**power for power in range(6, 14)), key=lambda value: abs(value - each))
+        # Outside of tensor cores, Hopper's boost clock is 1.98 GHz.
+        assert each == pytest.approx(nearest, rel=0.1 if kind == "ieee" else 0.02), kind
+
+
+def test_an_lstm_step_by_hand():
+    """H=128, B=16, bfloat16 on an H100, resident: 4 * 128 * 128 weights, 16 rows."""
+    device = model.DEVICES["H100"]
+    step = model.step("lstm", 128, 16, "16-bit", "resident", device)
+    assert step.parts == {
+        "product": pytest.approx(2 * 65536 * 16 * 132 / 989e12),
+        "weights": pytest.approx(131072 / 128 / 1.83e9),
+        "gates": pytest.approx(5 * 2 * 16 * 128 / 16 / 1.83e9),
+        "exchange": 0,
+        "traffic": pytest.approx(16 * 128 * ((4 + 4 + 1) * 2 + 4) / 3.35e12),
+    }
+    assert step.floor == pytest.approx(1280 / 1.83e9)
+    assert step.modelled == pytest.approx(model.CHAIN + (1024 + 1280) / 1.83e9)
+
+
+def test_a_persistent_step_by_hand():
+    """H=1024, B=16: 8 units in each of 128 programs, which all read the state of all."""
+    device = model.DEVICES["H100"]
+    step = model.step("lstm", 1024, 16, "16-bit", "persistent", device)
+    assert step.latency == model.BARRIER
+    assert step.parts["weights"] == pytest.approx(4 * 8 * 1024 * 2 / 128 / 1.83e9)
+    assert step.parts["exchange"] == pytest.approx(128 * 16 * 1024 * 2 / (5120 * 1.83e9))
+
+
+@pytest.mark.parametrize(("cell", "kind", "direction"), EVERY)
+@pytest.mark.parametrize("device", model.DEVICES.values(), ids=lambda device: device.name)
+def test_a_floor_is_a_floor_and_more_work_takes_longer(device, cell, kind, direction):
+    for design in model.DESIGNS:
+        for batch in (1, 16, 17, 256):
+            steps = [model.step(cell, size, batch, kind, design, device, direction) for size in model.HIDDEN_SIZES]
+            there = [step for step in steps if step is not None]
+            assert all(0 < step.latency + max(step.parts.values()) <= step.floor <= step.modelled for step in there)
+            floors = [step.floor for step in there]
+            assert floors == sorted(floors)
+            # What does not fit at one size fits at no larger one.
+            assert [step is None for step in steps] == sorted(step is None for step in steps)
+    for size in model.HIDDEN_SIZES:
+        times = [model.best(cell, size, batch, kind, device, direction).modelled for batch in (1, 16, 64, 256, 4096)]
+        assert times == sorted(times)
+
+
+def test_no_step_is_faster_than_the_roofs():
+    device = model.DEVICES["H100"]
+    for (cell, kind, direction), size, batch in itertools.product(EVERY, model.HIDDEN_SIZES, (1, 16, 256)):
+        for design in model.DESIGNS:
+            step = model.step(cell, size, batch, kind, design, device, direction)
+            if step is not None:
+                assert step.floor >= model.operations(cell, size, batch) / device.operations[kind]
+                assert step.floor >= model.traffic(cell, size, batch, kind, direction) / device.memory_bandwidth
+                if design == "step":
+                    assert step.floor >= model.LAUNCH
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"cell": "transformer"}, "cell: expected one of"),
+        ({"multiplication": "fp8"}, "multiplication: expected one of"),
+        ({"design": "magic"}, "design: expected one of"),
+        ({"direction": "sideways"}, "direction: expected one of"),
+        ({"hidden_size": 0}, "hidden_size: expected at least 1, got 0"),
+        ({"batch": -1}, "batch: expected at least 1, got -1"),
+    ],
+)
+def test_bad_arguments(change, says):
+    arguments = {"cell": "rnn", "hidden_size": 8, "batch": 1, "multiplication": "ieee", "design": "step"}
+    with pytest.raises(ValueError, match=says):
+        model.step(**arguments | {"device": model.DEVICES["L4"], "direction": "forward"} | change)
+
+
+@pytest.mark.parametrize(
+    ("name", "multiprocessors", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", 132, "H100 SXM"),
+        ("NVIDIA H200", 132, "H200 SXM"),
+        ("NVIDIA A100-SXM4-80GB", 108, "A100 SXM 80 GB"),
+        ("NVIDIA L4", 58, "L4"),
+        ("NVIDIA L40S", 142, None),
+        ("NVIDIA H100 PCIe", 114, None),
+        ("NVIDIA GeForce RTX 4090", 128, None),
+    ],
+)
+def test_a_gpu_is_known_by_its_name_and_size(name, multiprocessors, expected):
+    found = model.device_of(name, multiprocessors)
+    assert (found.name if found else None) == expected
+
+
+def test_the_command(capsys):
+    assert model.main(["--cell", "gru", "--batch", "64", "--device", "L4"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("A model, not a measurement: L4, batch 64")
+    assert text.count("gru") == 2 * len(model.HIDDEN_SIZES)
+    with pytest.raises(SystemExit):
+        model.main(["--batch", "0"])
+    assert "expected at least 1, got 0" in capsys.readouterr().err
