@@ -2,9 +2,9 @@
 
 import contextlib
 import importlib
+import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -20,43 +20,34 @@ def triton_kernels(operator: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def forced(operator: str, design, of_its_kind: bool = False) -> Iterator[None]:
-    """Let the Triton kernels of an operator run with a design, whatever the dispatch would choose; None: its choice.
+def forced(operator: str, design) -> Iterator[None]:
+    """Let the Triton kernels of an operator run with a design, whatever the dispatch would choose; None: its choice."""
+    kernels = triton_kernels(operator)
+    choose = kernels.choose
+    if design is not None:  # a plain assignment, since this is within what is timed
+        kernels.choose = lambda *_: design
+    try:
+        with _backend.use_backend("triton"):
+            yield
+    finally:
+        kernels.choose = choose
 
-    ``of_its_kind``: in each pass with what the dispatch has of this kind for it, since a backward pass may need another
-    tile than the forward pass.
-    """
 
-    def choose(cell, hidden_size, batch, dtype, device, **direction):
-        if not of_its_kind:
-            return design
-        found = available(cell, hidden_size, batch, dtype, device, **direction)
-        return next((each for each in found if type(each) is type(design)), found[-1])
-
-    with _backend.use_backend("triton"), contextlib.ExitStack() as stack:
-        if design is not None:
-            stack.enter_context(mock.patch.object(triton_kernels(operator), "choose", choose))
+@contextlib.contextmanager
+def without_fallback() -> Iterator[None]:
+    """Raise where a persistent design is refused by the GPU, instead of going on with another."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*refused a cooperative launch")
         yield
 
 
-def available(cell: str, hidden_size: int, batch: int, dtype: torch.dtype, device: torch.device, **direction) -> list:
-    """The designs that fit, the dispatch's choice first, one launch a step last."""
+def designs_for(case: dict, device: torch.device, *batches: int) -> list:
+    """The designs that fit, the dispatch's choice first, and what it has for one launch a step at other batches."""
     from rnnkernels.kernels.triton import dispatch
 
-    if hasattr(dispatch, "designs"):
-        return dispatch.designs(cell, hidden_size, batch, dtype, device, **direction)
-    found = [dispatch.choose(cell, hidden_size, batch, dtype, device)]
-    with mock.patch.object(dispatch, "RESIDENT", {key: {} for key in dispatch.RESIDENT}):
-        found.append(dispatch.choose(cell, hidden_size, batch, dtype, device))
-    return list(dict.fromkeys(found))
-
-
-def designs_for(case: dict, device: torch.device, *batches: int) -> list:
-    """The designs that fit a case, the dispatch's choice first, and what it has for one launch a step at others."""
-    arguments = case["operator"], case["hidden_size"]
-    rest = getattr(torch, case["dtype"]), device
-    found = available(*arguments, case["batch"], *rest)
-    return list(dict.fromkeys(found + [available(*arguments, batch, *rest)[-1] for batch in batches]))
+    operator, hidden_size, dtype = case["operator"], case["hidden_size"], getattr(torch, case["dtype"])
+    found = dispatch.designs(operator, hidden_size, case["batch"], dtype, device)
+    return list(dict.fromkeys(found + [dispatch.step_design(operator, hidden_size, batch) for batch in batches]))
 
 
 def exact_pass(
@@ -144,7 +135,8 @@ def compare_designs(case: dict, device: torch.device, measurement: dict, designs
         return run
 
     def check(run):
-        error = relative_error(run(), exact)
+        with without_fallback():
+            error = relative_error(run(), exact)
         right = error <= limit  # False for NaN
         reason = None if right else f"relative error {error:.1e}, allowed {limit:.1e}"
         found = {"relative_error": records.finite(error), "allowed_error": limit}

@@ -178,8 +178,9 @@ def _measured(case: Case, device: torch.device, seconds: float, rounds: tuple[in
             times |= _loop_times(_loop(calls["rnnkernels"]), exact, rows, runner.BASELINE_SLACK * limit, clock)
         alone = recurrence(case)
         found["design"] = str(designs.designs_for(alone, device)[0])
-        run = designs.pass_of(alone, device)
-        milliseconds = runner.interleave({"recurrence": run}, clock, seconds / 3, rounds)["recurrence"]
+        with designs.without_fallback():
+            run = designs.pass_of(alone, device)
+            milliseconds = runner.interleave({"recurrence": run}, clock, seconds / 3, rounds)["recurrence"]
         found["microseconds_per_step"] = runner.summarize([1e3 * each / case.sequence_length for each in milliseconds])
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import records
 from benchmarks.cases import ARITHMETIC
-from benchmarks.designs import forced
+from benchmarks.designs import forced, without_fallback
 from rnnkernels import ops, reference
 from rnnkernels.__main__ import LIMITS, OPERATORS, OPTIONS_SLACK, arithmetic, errors, options_of, relative_error
 
@@ -91,7 +91,7 @@ def compare(case: dict, design, device: torch.device) -> dict:
     if case["option"] is not None:
         weights, given = options_of(case["operator"], sequence_length, batch, case["hidden_size"])[case["option"]]
         arguments, options, limit = arguments | weights, options | given, limit * OPTIONS_SLACK
-    with forced(case["operator"], design, of_its_kind=True), poisoned():
+    with forced(case["operator"], design), without_fallback(), poisoned():
         found = errors(case["operator"], arguments, dtype, device, **options)
     # A pre-activation within rounding of zero may fall on either side of ReLU's kink: a share of the gradients of about
     # the limit is then wholly different, and the norm of that is its root.

@@ -120,7 +120,7 @@ def rows(shared_memory: int) -> list[Row]:
             design = dispatch.Resident(block_batch=16, block_hidden=block, num_warps=num_warps)
             cases = _cases(cell, (block,), 64, (KINDS[multiplication],))
             found.append(Row("RESIDENT", ((cell, multiplication), block), design, ("num_warps",), shared_memory, cases))
-    for (cell, multiplication), sizes in getattr(dispatch, "PERSISTENT", {}).items():
+    for (cell, multiplication), sizes in dispatch.PERSISTENT.items():
         for inner_size, tiles in sizes.items():
             inner = dispatch.inner_block(inner_size, multiplication)
             entries = tuple(
@@ -227,7 +227,7 @@ def measure(
 
 
 def _once(case: dict, design, device: torch.device) -> dict:
-    with designs.forced(case["operator"], design):
+    with designs.forced(case["operator"], design), designs.without_fallback():
         designs.pass_of(case, device)()
     return {"reason": None}
 

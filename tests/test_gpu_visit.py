@@ -39,10 +39,10 @@ def visit():
     return importlib.import_module("benchmarks.gpu_visit")
 
 
-def run_script(*arguments):
+def run_script(*arguments, seconds=600):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "benchmarks/gpu_visit.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=seconds)
 
 
 def header(**more):
@@ -66,7 +66,8 @@ def test_a_visit_needs_a_gpu(tmp_path):
 @pytest.mark.slow
 def test_a_rehearsal_goes_through_every_part_and_is_not_repeated(tmp_path, conform, visit):
     arguments = ["--device", "cpu", "--output", str(tmp_path), "--tests", "tests/test_main.py::test_relative_error"]
-    finished = run_script(*arguments)
+    arguments += ["--budget", "1700"]  # for a busy machine
+    finished = run_script(*arguments, seconds=1800)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     (path,) = tmp_path.iterdir()
     found = json.loads(path.read_text())
@@ -78,7 +79,7 @@ def test_a_rehearsal_goes_through_every_part_and_is_not_repeated(tmp_path, confo
     assert parts["tests"]["cases"] == [{"name": "tests/test_main.py::test_relative_error", "status": "passed"}]
     for name, status in (("kernels", "agrees"), ("stress", "agrees"), ("designs", "measured")):
         kinds = {(case["operator"], case.get("design", "").partition("(")[0]) for case in parts[name]["cases"]}
-        assert kinds >= set(itertools.product(("rnn", "gru", "lstm"), ("Resident", "Step")))
+        assert kinds >= set(itertools.product(("rnn", "gru", "lstm"), ("Resident", "Persistent", "Step")))
         assert {case["status"] for case in parts[name]["cases"]} == {status}
     options = {(case["operator"], case["option"]) for case in parts["kernels"]["cases"] if case.get("option")}
     assert options == {(operator, option) for operator in OPERATORS for option in options_of(operator, 3, 2, 5)}
@@ -376,13 +377,37 @@ def test_a_design_is_forced(operator, kernel_device):
     from rnnkernels.kernels.triton import dispatch
 
     kernels, case = designs.triton_kernels(operator), {"operator": operator, "batch": 4, "hidden_size": 6}
-    found = designs.designs_for({**case, "dtype": "float32"}, kernel_device)
-    resident, step = found[0], found[-1]
-    assert (type(resident), type(step)) == (dispatch.Resident, dispatch.Step)
+    resident, persistent, step = designs.designs_for({**case, "dtype": "float32"}, kernel_device)
+    assert [type(d) for d in (resident, persistent, step)] == [dispatch.Resident, dispatch.Persistent, dispatch.Step]
     with designs.forced(operator, step):
         assert kernels.choose(operator, 6, 4, torch.float32, kernel_device) == step
         assert rk._backend._selected == "triton"
     assert kernels.choose(operator, 6, 4, torch.float32, kernel_device) == resident
+
+
+@pytest.mark.interpreter
+def test_a_refused_launch_does_not_pass_for_the_design(monkeypatch, kernel_device):
+    from rnnkernels.kernels.triton import persistent
+
+    case = {**stress.TINY, "operator": "rnn", "pass": "forward"}
+    _, design, step = designs.designs_for(case, kernel_device)
+    launch = persistent.launch
+
+    def refuse(kernel, *arguments, **options):
+        class Kernel:
+            def __getitem__(self, grid):
+                def run(*arguments, **options):
+                    raise RuntimeError("too many blocks in cooperative launch")
+
+                return run
+
+        return launch(Kernel(), *arguments, **options)
+
+    monkeypatch.setattr(designs.triton_kernels("rnn"), "launch", refuse)
+    monkeypatch.setattr(persistent.dispatch, "_refused", set())
+    found = designs.compare_designs(case, kernel_device, MOMENT, [design, step])
+    assert [each["status"] for each in found] == ["failed", "measured"]
+    assert "refused a cooperative launch" in found[0]["reason"]
 
 
 @pytest.mark.interpreter
