@@ -4,6 +4,7 @@ Beside ``torch.nn`` stand the loop over steps of ``benchmarks.options`` and, whe
 CUDA graph. A plain layer's recurrence is also timed alone, without the product of the input.
 """
 
+import contextlib
 import itertools
 import statistics
 from collections.abc import Callable
@@ -189,7 +190,8 @@ def _measured(case: Case, device: torch.device, seconds: float, rounds: tuple[in
             each: cudnn_algorithm(case, each, (gpu.major, gpu.minor), gpu.multi_processor_count) for each in directions
         }
         if case.sequence_length == min(SEQUENCE_LENGTHS):
-            found["cudnn_kernels"] = kernel_names(calls["torch.nn"])
+            with contextlib.suppress(RuntimeError):  # where another profiler is at work
+                found["cudnn_kernels"] = kernel_names(calls["torch.nn"])
     return found | runner.timed(times)
 
 

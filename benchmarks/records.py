@@ -10,6 +10,7 @@ import platform
 import re
 import shlex
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -89,24 +90,28 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _text(value: object, indent: str = "") -> str:
-    """JSON in which every case is a line: good to compare, and much faster to write than one that indents all of it."""
+def _line(case: dict) -> str:
+    return json.dumps(case, allow_nan=False)
+
+
+def _text(value: object, line: Callable[[dict], str], indent: str = "") -> str:
+    """JSON in which every case is a ``line``: good to compare, and much faster to write than where all is indented."""
     within = f"{indent} "
     if isinstance(value, dict) and value:
-        lines = [f"{json.dumps(key)}: {_text(item, within)}" for key, item in value.items()]
+        lines = [f"{json.dumps(key)}: {_text(item, line, within)}" for key, item in value.items()]
     elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        lines = [json.dumps(item, allow_nan=False) for item in value]
+        lines = [line(item) for item in value]
     else:
         return json.dumps(value, allow_nan=False)
     opening, closing = "{}" if isinstance(value, dict) else "[]"
     return f"{opening}\n{within}" + f",\n{within}".join(lines) + f"\n{indent}{closing}"
 
 
-def write(path: Path, document: dict) -> None:
+def write(path: Path, document: dict, line: Callable[[dict], str] = _line) -> None:
     """Write a result file, whole or not at all, so that an interrupted run leaves the last one complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.draft")
-    draft.write_text(_text(document) + "\n")
+    draft.write_text(_text(document, line) + "\n")
     draft.replace(path)
 
 
@@ -132,6 +137,7 @@ class VisitFile:
     def __init__(self, path: Path, document: dict):
         self.path = path
         self.document = document
+        self._lines: dict[int, tuple[dict, str]] = {}  # of thousands of cases, a write encodes those that are new
 
     @classmethod
     def open(cls, folder: Path, document: dict, device: torch.device, anew: bool = False) -> "VisitFile":
@@ -165,7 +171,12 @@ class VisitFile:
 
     def write(self) -> None:
         """Bring the file up to date."""
-        write(self.path, self.document)
+        write(self.path, self.document, self._line)
+
+    def _line(self, case: dict) -> str:
+        if id(case) not in self._lines:
+            self._lines[id(case)] = case, _line(case)  # with the case, lest another one get its id
+        return self._lines[id(case)][1]
 
 
 def visits(folder: Path) -> list[dict]:

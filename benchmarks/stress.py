@@ -83,7 +83,7 @@ class Load:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16) if self.stream else None
 
-    def add(self, products: int = 20) -> None:
+    def add(self, products: int = 40) -> None:
         """Queue some more."""
         if self.stream is not None:
             with torch.cuda.stream(self.stream):
@@ -141,7 +141,7 @@ def too_large(case: dict, design, device: torch.device) -> dict:
     from rnnkernels.kernels.triton import dispatch
 
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    case = {**case, "batch": 64 * multiprocessors * design.block_batch, "sequence_length": 2}
+    case = {**case, "batch": 4 * multiprocessors * design.block_batch, "sequence_length": 2}
     refusals = []
     # What a refusal teaches the dispatch is forgotten again.
     with mock.patch.object(dispatch, "_refused", set()), warnings.catch_warnings(record=True) as caught:
