@@ -423,7 +423,10 @@ def test_other_bits_under_load_are_seen(monkeypatch, direction, kernel_device):
     def disturbed(self):
         calls.append(self)
         states = again(self)
-        return states + 1e-6 * (len(calls) == 4)
+        if len(calls) == 4:  # the second run; the first call is not under load, and the next is one launch a step
+            states = states.clone()
+            states.view(-1)[0] = torch.nextafter(states.view(-1)[0], torch.tensor(math.inf))  # the smallest of changes
+        return states
 
     monkeypatch.setattr(stress.Pass, "again", disturbed)
     found = stress.soak(case, design, kernel_device, steps=100, seconds=math.inf)
