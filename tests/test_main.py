@@ -123,7 +123,10 @@ def test_every_option_of_an_operator_is_checked(operator):
     plain = {"input", "h_0", "c_0", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "nonlinearity"}
     weights, options = report.options_of(operator, 3, 2, 4)["every option"]
     accepted = set(inspect.signature(getattr(rk.ops, operator)).parameters)
-    assert accepted - plain - {"reverse", "lengths", "training"} == (weights.keys() | options.keys()) - plain
+    apart = {"reverse", "lengths", "training", "recompute_gates"}
+    assert accepted - plain - apart == (weights.keys() | options.keys()) - plain
+    errors = report._recurrence_errors(operator, torch.float64, torch.device("cpu"))
+    assert any("gates recomputed" in name for name in errors)
 
 
 def test_the_self_check_leaves_the_random_state_alone(monkeypatch, capsys):
