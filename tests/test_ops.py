@@ -168,6 +168,23 @@ def test_onednn_is_differentiated_twice_as_the_reference_is(reverse, lengths):
         assert relative_error(value, expected) < 5e-6
 
 
+@pytest.mark.parametrize(
+    ("description", "expected"),
+    [
+        ("vendor_id : AuthenticAMD\ncpu family : 26\nmodel : 2\nflags : avx2 avx512f", (True, True)),
+        ("vendor_id : AuthenticAMD\ncpu family : 25\nmodel : 17\nflags : avx2 avx512f", (True, False)),
+        ("vendor_id : AuthenticAMD\ncpu family : 25\nmodel : 1\nflags : avx2", (False, False)),
+        ("AMD64 Family 26 Model 68 Stepping 0, AuthenticAMD", (True, True)),
+        ("vendor_id : GenuineIntel\ncpu family : 6\nflags : avx2 avx512f", (False, False)),
+        ("", (False, False)),
+    ],
+)
+def test_the_library_for_products_is_chosen_by_the_processor(description, expected):
+    from rnnkernels.kernels.eager import products
+
+    assert products._vectors(description) == expected
+
+
 @pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="PyTorch was built without oneDNN")
 @pytest.mark.parametrize("order", LENGTHS)
 @pytest.mark.parametrize("reverse", [False, True])
@@ -178,7 +195,7 @@ def test_products_by_onednn_match_the_reference(monkeypatch, operator, reverse, 
 
     monkeypatch.setattr(products, "_ENOUGH", 0)
     monkeypatch.setattr(products, "ENOUGH_COLUMNS", 0)
-    monkeypatch.setattr(products, "_onednn_is_faster", lambda: True)
+    monkeypatch.setattr(products, "_onednn_gains", lambda: (True, True))
     tensors = arguments(9, 5, 3, 17, torch.float32, operator=operator)
     options = with_lengths({"reverse": reverse}, order, 5, 9)
     assert_parity(tensors, 5e-6, operator, **options)

@@ -6,9 +6,10 @@ from torch import Tensor
 from rnnkernels import reference
 from rnnkernels.kernels.eager import gru as eager
 from rnnkernels.kernels.eager.general import with_gates
+from rnnkernels.kernels.eager.memory import empty
 from rnnkernels.kernels.eager.packing import packing
 from rnnkernels.kernels.eager.packing import recurrent_weight_gradient as eager_weight_gradient
-from rnnkernels.kernels.eager.products import ENOUGH_COLUMNS, by_onednn, linear
+from rnnkernels.kernels.eager.products import by_onednn, linear, wants_contiguous_rows
 from rnnkernels.kernels.eager.variable_length import reversed_within
 from rnnkernels.kernels.recurrence import Recurrence, Trace, Weights
 from rnnkernels.ops._checks import Arguments, check_recurrent, differentiable
@@ -224,7 +225,7 @@ def _gru(
     """States, final state, and the buffer of activated gates that the kernels' module describes; empty if not kept."""
     steps, batch, _ = input.shape
     hidden_size = weight_hh.shape[1]
-    gates = input.new_empty(steps, batch, 4 * hidden_size)
+    gates = empty((steps, batch, 4 * hidden_size), input.dtype, input.device)
     bias = _projection_bias(bias_ih, bias_hh)
     nothing = input.new_empty(0)
     if backend == "eager":
@@ -307,8 +308,7 @@ def _gru_backward(
             )
         gradient, values = gradient.flatten(0, 1), without_padding(input, lengths).flatten(0, 1)
     from_input, from_state = gradient[:, hidden_size:], gradient[:, : 3 * hidden_size]
-    if backend == "eager" and hidden_size >= ENOUGH_COLUMNS:
-        # On a CPU, products of such size gain from contiguous rows more than the copies cost.
+    if backend == "eager" and wants_contiguous_rows(hidden_size):
         from_input, from_state = from_input.contiguous(), from_state.contiguous()
     needs_input, _, needs_weight_ih, needs_weight_hh, needs_bias_ih, needs_bias_hh = needs
     grad_input, grad_weight_ih, grad_bias_ih = projection_gradients(

@@ -14,6 +14,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from rnnkernels.kernels.eager.memory import empty
 from rnnkernels.kernels.eager.products import Recurrent
 from rnnkernels.kernels.eager.variable_length import blocks, joined, order_of_steps
 
@@ -30,7 +31,7 @@ def forward(
     hidden_size = weight_hh.shape[1]
     product = Recurrent(_rolled(weight_hh), len(gates) / len(counts))
     gates[:, :hidden_size] = 0 if bias_hh is None else bias_hh[2 * hidden_size :]
-    states = gates.new_empty(len(gates), hidden_size)
+    states = empty((len(gates), hidden_size), gates.dtype, gates.device)
     sums, two_gates = gates[:, : 3 * hidden_size], gates[:, hidden_size : 3 * hidden_size]
     steps = list(
         zip(*(part.split(counts) for part in (sums, two_gates, *gates.split(hidden_size, -1), states)), strict=True)
@@ -76,7 +77,7 @@ def backward(
     """Gradients of the four parts of ``gates`` before their activations, and of the initial state."""
     hidden_size = weight_hh.shape[1]
     product = Recurrent(_rolled(weight_hh).t(), len(gates) / len(counts))
-    grad_gates = torch.empty_like(gates)
+    grad_gates = empty(gates.shape, gates.dtype, gates.device)
     parts, slopes = (tensor.unflatten(-1, (4, hidden_size)) for tensor in (gates, grad_gates))
     arriving, after, slope = grad_states.split(counts), states.split(counts), slopes.split(counts)
     update, n, slope_z = parts[:, 2].split(counts), parts[:, 3].split(counts), slopes[:, 2].split(counts)
