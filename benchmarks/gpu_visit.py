@@ -28,7 +28,7 @@ sys.path[0:0] = [str(ROOT)]  # the checkout's package, also where another one is
 
 import torch  # noqa: E402
 
-from benchmarks import designs, grid, options, parity, records, runner, stress, tuning  # noqa: E402
+from benchmarks import designs, grid, options, parity, records, runner, scan, stress, tuning  # noqa: E402
 from benchmarks.cases import ARITHMETIC, Case, cases  # noqa: E402
 from benchmarks.options import OptionCase  # noqa: E402
 from benchmarks.training import TrainingCase  # noqa: E402
@@ -359,6 +359,21 @@ def benchmark_grid(visit: Visit, until: float, watch: Watch) -> None:
     visit.file.write()
 
 
+def scans(visit: Visit, until: float, watch: Watch) -> None:
+    """Linear scans beside a loop and a copy, minimal cells beside ``torch.nn``, attention beside PyTorch's."""
+    parts = ("copy", "attention", "training", "scan")
+    declared = [case for part in parts for case in scan.cases(part, visit.device, *([5] if visit.rehearsal else []))]
+    tasks = (
+        Task(
+            {"name": name},
+            lambda make=make: scan.run_case(make, visit.device, **visit.measurement),
+            scan.row,
+        )
+        for name, make in declared
+    )
+    work(visit, "scans", tasks, until, watch)
+
+
 def sweeps(visit: Visit, until: float, watch: Watch) -> None:
     """Tiles around those of the dispatch table, row by row."""
 
@@ -449,6 +464,7 @@ PARTS = {
     "kernels": (kernels, 5),
     "stress": (stresses, 4),
     "grid": (benchmark_grid, 12),
+    "scans": (scans, 2),
     "tuning": (sweeps, 4),
     "tests": (tests, 4),
     "designs": (design_times, 2),

@@ -10,6 +10,8 @@
 """
 
 import argparse
+import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 
@@ -54,119 +56,109 @@ def with_gradients(function: Callable, *tensors: Tensor) -> list[Tensor]:
     return [output, h_n, *torch.autograd.grad((output, h_n), tensors, (output.detach(), h_n.detach()))]
 
 
-def scan_cases(device: torch.device) -> Iterator[tuple[str, Sides]]:
+def scan_sides(device: torch.device, steps: int, batch: int, hidden_size: int) -> Sides:
     """``linear_scan`` beside the loop, after a comparison."""
-    for batch, hidden_size in SCAN_SHAPES:
-        shape = SEQUENCE_LENGTH, batch, hidden_size
-        decay = torch.rand(shape, device=device, requires_grad=True)
-        input = torch.randn(shape, device=device, requires_grad=True)
-        h_0 = torch.randn(shape[1:], device=device, requires_grad=True)
-        tensors = decay, input, h_0
-        sides = {
-            "loop": lambda tensors=tensors: with_gradients(loop, *tensors),
-            "rnnkernels": lambda tensors=tensors: with_gradients(rk.ops.linear_scan, *tensors),
-        }
-        for value, expected in zip(sides["rnnkernels"](), sides["loop"](), strict=True):
-            torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-3)
-        yield f"scan T={SEQUENCE_LENGTH} B={batch} H={hidden_size}", sides
+    shape = steps, batch, hidden_size
+    decay = torch.rand(shape, device=device, requires_grad=True)
+    input = torch.randn(shape, device=device, requires_grad=True)
+    h_0 = torch.randn(shape[1:], device=device, requires_grad=True)
+    tensors = decay, input, h_0
+    sides = {
+        "loop": lambda: with_gradients(loop, *tensors),
+        "rnnkernels": lambda: with_gradients(rk.ops.linear_scan, *tensors),
+    }
+    for value, expected in zip(sides["rnnkernels"](), sides["loop"](), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-3)
+    return sides
 
 
-def training_cases(device: torch.device) -> Iterator[tuple[str, Sides]]:
-    """The minimal layers beside those of ``torch.nn`` that they stand in for."""
-    for kind in ("GRU", "LSTM"):
-        for batch, size in TRAINING_SHAPES:
-            x = torch.randn(SEQUENCE_LENGTH, batch, size, device=device, requires_grad=True)
+def training_sides(device: torch.device, steps: int, kind: str, batch: int, size: int) -> Sides:
+    """A minimal layer beside the one of ``torch.nn`` that it stands in for."""
+    x = torch.randn(steps, batch, size, device=device, requires_grad=True)
 
-            def train(module, x=x):
-                output = module(x)[0]
-                return torch.autograd.grad(output, [x, *module.parameters()], output.detach())
+    def train(module):
+        output = module(x)[0]
+        return torch.autograd.grad(output, [x, *module.parameters()], output.detach())
 
-            modules = {
-                f"torch.nn.{kind}": getattr(torch.nn, kind)(size, size, device=device),
-                f"Min{kind}": getattr(rk, f"Min{kind}")(size, size, device=device),
-            }
-            sides = {name: lambda module=module, train=train: train(module) for name, module in modules.items()}
-            yield f"Min{kind} T={SEQUENCE_LENGTH} B={batch} I=H={size}", sides
+    modules = {
+        f"torch.nn.{kind}": getattr(torch.nn, kind)(size, size, device=device),
+        f"Min{kind}": getattr(rk, f"Min{kind}")(size, size, device=device),
+    }
+    return {name: functools.partial(train, module) for name, module in modules.items()}
 
 
-def copy_cases(device: torch.device) -> Iterator[tuple[str, Sides]]:
+def copy_sides(device: torch.device, batch: int, hidden_size: int) -> Sides:
     """The forward pass of the scan reads two elements and writes one; so many are copied."""
-    if device.type != "cuda":
-        return
-    for batch, hidden_size in COPY_SHAPES:
-        shape = 1024, batch, hidden_size
-        decay, input = torch.rand(shape, device=device), torch.randn(shape, device=device)
-        source, target = (torch.randn(3 * decay.numel() // 2, device=device) for _ in range(2))
-        sides = {
-            "copy": lambda source=source, target=target: target.copy_(source),
-            "rnnkernels": lambda decay=decay, input=input: rk.ops.linear_scan(decay, input),
-        }
-        yield f"copy T=1024 B={batch} H={hidden_size}", sides
+    shape = 1024, batch, hidden_size
+    decay, input = torch.rand(shape, device=device), torch.randn(shape, device=device)
+    source, target = (torch.randn(3 * decay.numel() // 2, device=device) for _ in range(2))
+    return {"copy": lambda: target.copy_(source), "rnnkernels": lambda: rk.ops.linear_scan(decay, input)}
 
 
-def attention_cases(device: torch.device) -> Iterator[tuple[str, Sides]]:
+def attention_sides(device: torch.device, shape: tuple[int, ...]) -> Sides:
     """The kernel to read beside the one to use, after a comparison."""
-    if device.type != "cuda":
-        return
+    tensors = [torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
 
-    def fused(query, key, value):
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    def train(function):
+        output = function(*tensors)
+        return [output, *torch.autograd.grad(output, tensors, output.detach())]
 
-    for shape in ATTENTION_SHAPES:
-        tensors = [torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
-
-        def train(function, tensors=tensors):
-            output = function(*tensors)
-            return [output, *torch.autograd.grad(output, tensors, output.detach())]
-
-        sides = {
-            "SDPA": lambda train=train: train(fused),
-            "rnnkernels": lambda train=train: train(rk.ops.attention),
-        }
-        for value, expected in zip(sides["rnnkernels"](), sides["SDPA"](), strict=True):
-            torch.testing.assert_close(value, expected, rtol=3e-2, atol=3e-2)
-        yield f"attention {'x'.join(map(str, shape))} bfloat16", sides
+    fused = functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True)
+    sides = {"SDPA": functools.partial(train, fused), "rnnkernels": functools.partial(train, rk.ops.attention)}
+    for value, expected in zip(sides["rnnkernels"](), sides["SDPA"](), strict=True):
+        torch.testing.assert_close(value, expected, rtol=3e-2, atol=3e-2)
+    return sides
 
 
-def chunk_cases(device: torch.device) -> Iterator[tuple[str, Sides]]:
+def chunk_sides(device: torch.device, channels: int) -> Sides:
     """Both ways of the eager scan, forward."""
-    if device.type != "cpu":
-        return
-    for channels in (64, 1024, 2048, 4096, 8192, 16384):
-        decay, input = torch.rand(SEQUENCE_LENGTH, channels), torch.randn(SEQUENCE_LENGTH, channels)
-        output, initial = torch.empty_like(input), torch.zeros(channels)
+    decay, input = torch.rand(SEQUENCE_LENGTH, channels), torch.randn(SEQUENCE_LENGTH, channels)
+    output, initial = torch.empty_like(input), torch.zeros(channels)
 
-        def run(bound, arguments=(decay, input, initial, output, False)):
-            before, eager.CHUNKED_BELOW = eager.CHUNKED_BELOW, bound
-            try:
-                eager.scan(*arguments)
-            finally:
-                eager.CHUNKED_BELOW = before
+    def run(bound):
+        before, eager.CHUNKED_BELOW = eager.CHUNKED_BELOW, bound
+        try:
+            eager.scan(decay, input, initial, output, False)
+        finally:
+            eager.CHUNKED_BELOW = before
 
-        sides = {"steps": lambda run=run: run(0), "chunks": lambda run=run: run(10**9)}
-        yield f"chunks T={SEQUENCE_LENGTH} B*H={channels}", sides
+    return {"steps": lambda: run(0), "chunks": lambda: run(10**9)}
 
 
-CASES = {
-    "scan": scan_cases,
-    "training": training_cases,
-    "copy": copy_cases,
-    "attention": attention_cases,
-    "chunks": chunk_cases,
-}
+def cases(part: str, device: torch.device, steps: int = SEQUENCE_LENGTH) -> Iterator[tuple[str, Callable[[], Sides]]]:
+    """Names of a part's cases, and what makes and compares their sides."""
+    make = functools.partial
+    if part == "scan":
+        for shape in SCAN_SHAPES:
+            yield "scan T={} B={} H={}".format(steps, *shape), make(scan_sides, device, steps, *shape)
+    elif part == "training":
+        for kind, shape in itertools.product(("GRU", "LSTM"), TRAINING_SHAPES):
+            name = "Min{} T={} B={} I=H={}".format(kind, steps, *shape)
+            yield name, make(training_sides, device, steps, kind, *shape)
+    elif part == "copy" and device.type == "cuda":
+        for shape in COPY_SHAPES:
+            yield "copy T=1024 B={} H={}".format(*shape), make(copy_sides, device, *shape)
+    elif part == "attention" and device.type == "cuda":
+        for shape in ATTENTION_SHAPES:
+            yield f"attention {'x'.join(map(str, shape))} bfloat16", make(attention_sides, device, shape)
+    elif part == "chunks" and device.type == "cpu":
+        for channels in (64, 1024, 2048, 4096, 8192, 16384):
+            yield f"chunks T={SEQUENCE_LENGTH} B*H={channels}", make(chunk_sides, device, channels)
 
 
-def measure(part: str, device: torch.device, seconds: float, rounds: tuple[int, int]) -> Iterator[dict]:
-    """Time the cases of a part, the sides of each taking turns."""
-    for name, sides in CASES[part](device):
-        times = runner.interleave(sides, runner.clock(device), seconds, rounds)
-        milliseconds = {side: runner.summarize(values) for side, values in times.items()}
-        first, second = (milliseconds[side]["median"] for side in sides)
-        yield {"name": name, "status": "measured", "milliseconds": milliseconds, "ratio": first / second}
+def run_case(make: Callable[[], Sides], device: torch.device, seconds: float, rounds: tuple[int, int]) -> dict:
+    """Time the sides of a case, which take turns."""
+    sides = make()
+    times = runner.interleave(sides, runner.clock(device), seconds, rounds)
+    milliseconds = {side: runner.summarize(values) for side, values in times.items()}
+    first, second = (milliseconds[side]["median"] for side in sides)
+    return {"status": "measured", "reason": None, "milliseconds": milliseconds, "ratio": first / second}
 
 
 def row(result: dict) -> str:
     """A case's line in the table."""
+    if result["status"] != "measured":
+        return f"{result['name']:34}  {result['status']}: {result['reason']}"
     sides = "  ".join(f"{side} {times['median']:9.4g} ms" for side, times in result["milliseconds"].items())
     return f"{result['name']:34}  {sides}  {result['ratio']:7.2f}x"
 
@@ -189,7 +181,8 @@ def main(arguments: list[str] | None = None) -> int:
     budget = {"seconds": 0.0, "rounds": (3, 3)} if options.quick else {"seconds": 5.0, "rounds": (5, 200)}
     best: dict[str, float] = {}
     for part in options.part or PARTS:
-        for result in measure(part, device, **budget):
+        for name, make in cases(part, device):
+            result = {"name": name, **run_case(make, device, **budget)}
             print(row(result), flush=True)
             kind = result["name"].split()[0]
             best[kind] = max(best.get(kind, 0.0), result["ratio"])

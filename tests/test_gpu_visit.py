@@ -83,7 +83,7 @@ def test_a_rehearsal_goes_through_every_part_and_is_not_repeated(tmp_path, confo
         assert {case["status"] for case in parts[name]["cases"]} == {status}
     options = {(case["operator"], case["option"]) for case in parts["kernels"]["cases"] if case.get("option")}
     assert options == {(operator, option) for operator in OPERATORS for option in options_of(operator, 3, 2, 5)}
-    for name in ("grid", "tuning", "benchmarks", "options"):
+    for name in ("grid", "scans", "tuning", "benchmarks", "options"):
         assert {case["status"] for case in parts[name]["cases"]} == {"measured"}
     assert "LSTM float32" in finished.stdout.partition("geometric means:")[2]
 
@@ -103,7 +103,7 @@ def test_a_visit_without_time_leaves_everything_to_another_call(tmp_path, confor
     found = json.loads(path.read_text())
     conform(found)
     assert all(not part["finished"] and not part["cases"] for part in found["parts"].values())
-    assert finished.stdout.count("not begun") == 9
+    assert finished.stdout.count("not begun") == 10
 
 
 @pytest.mark.parametrize(
