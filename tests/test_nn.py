@@ -200,6 +200,26 @@ def test_results_without_gradients(native, dtype, batch_first, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("has_state", [False, True])
+@pytest.mark.parametrize("lengths", [(5, 5, 5), (2, 5, 1), (4, 1, 3)])
+@pytest.mark.parametrize("form", ["lengths", "packed", "batch_first"])
+def test_different_lengths_without_gradients(form, lengths, has_state, kind):
+    options = {"bidirectional": True, "batch_first": form == "batch_first"}
+    ours, theirs = pair(3, 4, 2, kind=kind, native=True, **options)
+    input = torch.randn(3, 5, 3, dtype=torch.float64) if form == "batch_first" else torch.randn(5, 3, 3).double()
+    states = tuple(torch.randn(4, 3, 4, dtype=torch.float64) for _ in ours.state_names)
+    hx = None if not has_state else states if kind == "LSTM" else states[0]
+    lengths = torch.tensor(lengths)
+    packed = pack_padded_sequence(input, lengths, options["batch_first"], enforce_sorted=False)
+    with torch.no_grad():
+        expected, final = theirs(packed, hx)
+        padded = pad_packed_sequence(expected, options["batch_first"], total_length=5)[0]
+        output, ours_final = ours(packed, hx) if form == "packed" else ours(input, hx, lengths=lengths)
+    torch.testing.assert_close(ours_final, final)
+    torch.testing.assert_close(data_of(output), expected.data if form == "packed" else padded)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_sequences_packed_from_a_list(kind):
     ours, theirs = pair(3, 4, 2, bidirectional=True, kind=kind)
     packed = pack_sequence([torch.randn(n, 3).double() for n in (2, 5, 1)], enforce_sorted=False)

@@ -13,6 +13,7 @@ from rnnkernels.ops._checks import (
     check_choice,
     check_flag,
     check_grad_clip,
+    check_lengths,
     check_probability,
     check_reset,
     differentiable,
@@ -672,6 +673,25 @@ class GRU(Recurrent):
 
     def _added_parameters(self, rows: int) -> dict[str, tuple[int, ...]]:
         return {"norm_ih": (rows,), "norm_hh": (rows,)} if self.layer_norm else {}
+
+    def _run(
+        self,
+        input: Tensor,
+        states: tuple[Tensor, ...] | None,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        deep = self.num_layers * len(self._suffixes()) > 1
+        if deep and lengths is not None and reset is None and self._native_steps and self._native_may_serve(input):
+            weights = [self._parameter(name) for name in self._flat_weights_names]
+            if not differentiable((input, *(states or ()), *weights)):
+                # PyTorch's operator takes all layers of a packed batch at once: the rows are packed but once.
+                self._check(input, states, None)
+                lengths = check_lengths(lengths, *input.shape[:2], input.device)
+                packed = pack_padded_sequence(input, lengths, enforce_sorted=False)
+                output, h_n = self._forward_packed(packed, None if states is None else states[0])
+                return pad_packed_sequence(output, total_length=len(input))[0], (h_n,)
+        return super()._run(input, states, lengths, reset)
 
     def _native_operator(self):
         return torch.gru
