@@ -569,7 +569,7 @@ MUTATIONS = [
     *of(
         "ops/_sequence.py",
         "ops",
-        ("padding counts in the weights' gradients", "input.masked_fill(padding(lengths, len(input)), 0)", "input"),
+        ("padding counts in the weights' gradients", "input.masked_fill(padding(lengths, input.shape[0]), 0)", "input"),
     ),
     *of(
         "ops/lstm.py",

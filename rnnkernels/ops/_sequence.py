@@ -51,7 +51,7 @@ def project_normalized(
 
 def without_padding(input: Tensor, lengths: Tensor | None) -> Tensor:
     """The input with zeros in the padding: NaN there would meet zeros in sums over all steps, and be NaN in the sum."""
-    return input if lengths is None else input.masked_fill(padding(lengths, len(input)), 0)
+    return input if lengths is None else input.masked_fill(padding(lengths, input.shape[0]), 0)
 
 
 def projection_gradients(
