@@ -48,15 +48,18 @@ class Persistent:
     """How many times it does."""
     num_warps: int = 8
     """Warps in a program, which divide the sums over the hidden units of the previous step among them."""
+    lanes: int = 1
+    """Recurrences in the launch, each with groups of its own: the directions of a layer, or layers."""
 
     @property
     def inner_size(self) -> int:
         """``hidden_size`` with the padding of the products."""
         return self.chunks * self.block_inner
 
-    def grid(self, batch: int, hidden_size: int) -> tuple[int, int]:
-        """Groups, and programs in each."""
-        return triton.cdiv(batch, self.block_batch), triton.cdiv(hidden_size, self.block_hidden)
+    def grid(self, batch: int, hidden_size: int) -> tuple[int, ...]:
+        """Groups of a lane, programs in each, and lanes where there are several."""
+        groups, programs = triton.cdiv(batch, self.block_batch), triton.cdiv(hidden_size, self.block_hidden)
+        return (groups, programs) if self.lanes == 1 else (groups, programs, self.lanes)
 
     def constants(self) -> dict[str, int]:
         """What a launch passes of this."""
@@ -330,14 +333,16 @@ def _resident(cell: str, hidden_size: int, kind: str, device: torch.device) -> R
     return Resident(block_batch=16, block_hidden=block_hidden, num_warps=num_warps)
 
 
-def _persistent(cell: str, hidden_size: int, batch: int, kind: str, device: torch.device) -> Persistent | None:
+def _persistent(
+    cell: str, hidden_size: int, batch: int, kind: str, device: torch.device, lanes: int = 1
+) -> Persistent | None:
     if not COOPERATIVE or on_amd(device) or device in _refused:
         return None  # AMD: the kernels compile, but the L2 caches of its chiplets do not share what is exchanged
     sizes = PERSISTENT[cell, kind]
     inner_size = min((size for size in sizes if size >= hidden_size), default=0)
     block_inner = inner_block(inner_size, kind)
     for (block_batch, block_hidden), needed in sizes.get(inner_size, {}).items():
-        design = Persistent(block_batch, block_hidden, block_inner, inner_size // block_inner)
+        design = Persistent(block_batch, block_hidden, block_inner, inner_size // block_inner, lanes=lanes)
         if hidden_size % 16 and needs_aligned_rows(cell, kind, inner_size, (block_batch, block_hidden)):
             continue
         if needed <= shared_memory(device) and math.prod(design.grid(batch, hidden_size)) <= multiprocessors(device):
