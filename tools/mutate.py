@@ -49,6 +49,7 @@ SUITES = {
         "tests/test_ops.py tests/test_options.py",
         "second_gradients",
     ),
+    "eager": ("tests/test_eager.py", ""),
     "persistent": ("tests/test_persistent.py", "(direction and unsorted) or a_process or (every_size and 129)"),
 }
 """What to run: files, and pytest's -k."""
@@ -189,12 +190,12 @@ MUTATIONS = [
             "reached = grad_h_n[:0] if previous is None",
             "grad_h_n = grad_h_n * 0\n            reached = grad_h_n[:0] if previous is None",
         ),
-        ("rnn: arriving gradient forgotten where rows begin", "grad_h_0, count) + arriving[t]", "grad_h_0, count)"),
+        ("rnn: arriving gradient forgotten where rows begin", "grad_h_0, count) + arriving", "grad_h_0, count)"),
         ("rnn: last state of the sequences that go on", "h_n[:count] = hidden", "h_n[:count] = h_0[:count]"),
         (
             "rnn: order of the backward pass",
-            "order_of_steps(len(counts), not reverse)",
-            "order_of_steps(len(counts), reverse)",
+            "slice(0, len(counts)), not reverse)",
+            "slice(0, len(counts)), reverse)",
         ),
     ),
     *of(
@@ -222,8 +223,8 @@ MUTATIONS = [
         ("gru: slope of hn", "torch.mul(slope_n, r, out=slope_hn)", "torch.mul(slope_n, z, out=slope_hn)"),
         (
             "gru: gradient straight through the update gate dropped",
-            "carried = product(from_state[t], kept, kept)",
-            "carried = product(from_state[t], kept * 0, kept)",
+            "carried = product(from_state, kept, kept)",
+            "carried = product(from_state, kept * 0, kept)",
         ),
         (
             "gru: transposed product backward",
@@ -231,8 +232,29 @@ MUTATIONS = [
             "product = Recurrent(_rolled(weight_hh.roll(1, 1)).t(), len(gates) / len(counts))",
         ),
         ("gru: gradient of the initial state dropped", "grad_h_0[:count] = carried", "grad_h_0[:count] = 0"),
-        ("gru: off by one in time", "earlier = t + 1 if reverse else t - 1", "earlier = t if reverse else t - 1"),
-        ("gru: a step that no sequence reaches", "if 0 < known == counts[t]:", "if known == counts[t]:"),
+        ("gru: order of the backward pass", "counts, some, not reverse)", "counts, some, reverse)"),
+    ),
+    *of(
+        "kernels/eager/packing.py",
+        "eager",
+        ("packing: off by one in time", "earlier = t + 1 if reverse else t - 1", "earlier = t if reverse else t - 1"),
+        ("packing: a state that was there already", "[h_0[known : counts[t]]]", "[h_0[: counts[t] - known]]"),
+        ("packing: not the first step", "if start else torch.cat([h_0,", "if True else torch.cat([h_0,"),
+        ("packing: not the last step", "whole = stop < len(counts)", "whole = True"),
+    ),
+    *of(
+        "kernels/eager/variable_length.py",
+        "eager",
+        ("steps: counted from zero", "range(steps.start + first, steps.start + last)", "range(first, last)"),
+        ("steps: pieces in one order only", "in reversed(pieces) if reverse else pieces", "in pieces"),
+        ("steps: all views at once", "size = max(1, _VIEWS // len(sequences))", "size = len(offsets)"),
+    ),
+    *of(
+        "kernels/eager/products.py",
+        "eager",
+        ("products: a part twice", "columns.copy_(torch.baddbmm(", "columns[:1].copy_(torch.baddbmm("),
+        ("products: addend forgotten", "columns.copy_(torch.baddbmm(addends, states", "columns.copy_(torch.bmm(states"),
+        ("products: parts for many rows", "in_parts = rows <= most_rows and ", "in_parts = "),
     ),
     *of(
         "kernels/eager/linear_scan.py",
@@ -289,12 +311,6 @@ MUTATIONS = [
             ".addmm_(first.t(), h_0)",
             ".addmm_(first.t(), h_0, beta=1, alpha=0)",
         ),
-        (
-            "packing: previous rows in reverse",
-            "(after, h_0[len(after) : count])",
-            "(after, 0 * h_0[len(after) : count])",
-        ),
-        ("packing: previous rows", "torch.cat([h_0[: counts[0]], *(step", "torch.cat([0 * h_0[: counts[0]], *(step"),
     ),
     *of(
         "kernels/eager/variable_length.py",

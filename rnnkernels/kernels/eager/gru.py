@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from rnnkernels.kernels.eager.memory import empty
+from rnnkernels.kernels.eager.packing import previous_rows
 from rnnkernels.kernels.eager.products import Recurrent
-from rnnkernels.kernels.eager.variable_length import blocks, joined, order_of_steps
+from rnnkernels.kernels.eager.variable_length import blocks, each_step, joined
 
 
 def _rolled(weight_hh: Tensor) -> Tensor:
@@ -33,17 +34,14 @@ def forward(
     gates[:, :hidden_size] = 0 if bias_hh is None else bias_hh[2 * hidden_size :]
     states = empty((len(gates), hidden_size), gates.dtype, gates.device)
     sums, two_gates = gates[:, : 3 * hidden_size], gates[:, hidden_size : 3 * hidden_size]
-    steps = list(
-        zip(*(part.split(counts) for part in (sums, two_gates, *gates.split(hidden_size, -1), states)), strict=True)
-    )
+    sequences = sums, two_gates, *gates.split(hidden_size, -1), states
     h_n = torch.empty_like(h_0, memory_format=torch.contiguous_format)
     hidden, count = h_0[:0], -1
-    for t in order_of_steps(len(counts), reverse):
-        sums, rz, hn, r, z, n, new = steps[t]
+    for t, (before, rz, hn, r, z, n, new) in each_step(sequences, counts, slice(0, len(counts)), reverse):
         if counts[t] != count:
             hidden, count = joined(hidden, h_0, h_n, counts[t]), counts[t]
-        a = product(hidden, sums, sums)
-        if a is sums:
+        a = product(hidden, before, before)
+        if a is before:
             rz.sigmoid_()
         else:
             hn.copy_(a[:, :hidden_size])
@@ -79,36 +77,23 @@ def backward(
     product = Recurrent(_rolled(weight_hh).t(), len(gates) / len(counts))
     grad_gates = empty(gates.shape, gates.dtype, gates.device)
     parts, slopes = (tensor.unflatten(-1, (4, hidden_size)) for tensor in (gates, grad_gates))
-    arriving, after, slope = grad_states.split(counts), states.split(counts), slopes.split(counts)
-    update, n, slope_z = parts[:, 2].split(counts), parts[:, 3].split(counts), slopes[:, 2].split(counts)
-    from_state = grad_gates[:, : 3 * hidden_size].split(counts)
     grad_h_0 = torch.empty_like(h_0, memory_format=torch.contiguous_format)
     buffers = grad_states.new_empty(2, *h_0.shape)
     starts = [0, *itertools.accumulate(counts)]
     carried, count = grad_h_n[:0], -1
     for some in blocks(counts, 4 * hidden_size, from_the_first=reverse):
-        for t in range(some.start, some.stop):
-            earlier = t + 1 if reverse else t - 1
-            known = min(counts[earlier], counts[t]) if 0 <= earlier < len(counts) else 0
-            if 0 < known == counts[t]:
-                torch.sub(after[earlier][:known], n[t], out=slope_z[t])
-            else:
-                begun = after[earlier][:known] if known else h_0[:0]
-                torch.sub(torch.cat([begun, h_0[known : counts[t]]]), n[t], out=slope_z[t])
         rows = slice(starts[some.start], starts[some.stop])
-        _finish_slopes(parts[rows], slopes[rows])
-        for t in order_of_steps(len(counts), not reverse)[_within(some, len(counts), reverse)]:
+        slope, update = slopes[rows], parts[rows, 2]
+        torch.sub(previous_rows(states, h_0, counts, starts, some, reverse), parts[rows, 3], out=slope[:, 2])
+        _finish_slopes(parts[rows], slope)
+        sequences = grad_gates[rows, : 3 * hidden_size], slope, update, grad_states[rows]
+        for t, (from_state, slope_t, update_t, arriving) in each_step(sequences, counts, some, not reverse):
             if counts[t] != count:
                 carried, count = joined(carried, grad_h_n, grad_h_0, counts[t]), counts[t]
                 total, kept = buffers[:, :count]
-            torch.add(carried, arriving[t], out=total)
-            slope[t].mul_(total.unsqueeze(1))
-            torch.mul(total, update[t], out=kept)
-            carried = product(from_state[t], kept, kept)
+            torch.add(carried, arriving, out=total)
+            slope_t.mul_(total.unsqueeze(1))
+            torch.mul(total, update_t, out=kept)
+            carried = product(from_state, kept, kept)
     grad_h_0[:count] = carried
     return grad_gates, grad_h_0
-
-
-def _within(some: slice, sequence_length: int, reverse: bool) -> slice:
-    """Where the steps of a block stand in the order of the backward pass."""
-    return some if reverse else slice(sequence_length - some.stop, sequence_length - some.start)

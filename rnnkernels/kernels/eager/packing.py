@@ -69,13 +69,24 @@ def packing(lengths: Tensor | None, sequence_length: int, batch: int) -> Whole:
     return Whole(sequence_length, batch) if lengths is None else Packing(lengths, sequence_length)
 
 
-def previous_rows(states: Tensor, h_0: Tensor, counts: list[int], reverse: bool) -> Tensor:
-    """The state before each step."""
-    steps = states.split(counts)
-    if not reverse:
-        return torch.cat([h_0[: counts[0]], *(step[:count] for step, count in zip(steps, counts[1:], strict=False))])
-    pairs = zip((*steps[1:], h_0[:0]), counts, strict=True)
-    return torch.cat(list(itertools.chain.from_iterable((after, h_0[len(after) : count]) for after, count in pairs)))
+def previous_rows(
+    states: Tensor, h_0: Tensor, counts: list[int], starts: list[int], steps: slice, reverse: bool
+) -> Tensor:
+    """The state before each of some steps, from the row at which each step starts. A view where that will do."""
+    batch, (start, stop) = counts[0], (steps.start, steps.stop)
+    if counts[-1] == batch:
+        first, last = start * batch, stop * batch
+        if reverse:
+            whole = stop < len(counts)
+            return states[first + batch : last + batch] if whole else torch.cat([states[first + batch :], h_0])
+        return states[first - batch : last - batch] if start else torch.cat([h_0, states[: last - batch]])
+    pieces = []
+    for t in range(start, stop):
+        earlier = t + 1 if reverse else t - 1
+        known = min(counts[earlier], counts[t]) if 0 <= earlier < len(counts) else 0
+        pieces += [states[starts[earlier] : starts[earlier] + known]] if known else []
+        pieces += [h_0[known : counts[t]]] if known < counts[t] else []
+    return torch.cat(pieces) if pieces else states[:0]
 
 
 def recurrent_weight_gradient(
@@ -84,7 +95,8 @@ def recurrent_weight_gradient(
     r"""The gradient of $W_{hh}$: $\sum_t \delta_t h_{t-1}^\top$, where $\delta_t$ is the gradient of $a_t$."""
     batch = counts[0]
     if counts[-1] < batch:
-        return linear(gradient.t(), previous_rows(states, h_0, counts, reverse).t())
+        starts, steps = [0, *itertools.accumulate(counts)], slice(0, len(counts))
+        return linear(gradient.t(), previous_rows(states, h_0, counts, starts, steps, reverse).t())
     size = len(gradient) - batch
     if reverse:
         later, earlier, first = gradient[:size], states[batch:], gradient[size:]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rnnkernels.kernels.eager.products import Recurrent
-from rnnkernels.kernels.eager.variable_length import joined, order_of_steps
+from rnnkernels.kernels.eager.variable_length import each_step, joined
 
 
 def _identity(states: Tensor, out: Tensor) -> Tensor:
@@ -41,10 +41,8 @@ def forward(
     activate = ACTIVATE[nonlinearity]
     product = Recurrent(weight_hh, len(states) / len(counts))
     h_n = torch.empty_like(h_0, memory_format=torch.contiguous_format)
-    steps = states.split(counts)
     hidden, count = h_0[:0], -1
-    for t in order_of_steps(len(counts), reverse):
-        step = steps[t]
+    for t, (step,) in each_step((states,), counts, slice(0, len(counts)), reverse):
         if counts[t] != count:
             hidden, count = joined(hidden, h_0, h_n, counts[t]), counts[t]
         hidden = activate(product(hidden, step, step), out=step)
@@ -67,17 +65,16 @@ def backward(
     grad_h_0 = torch.empty_like(grad_h_n, memory_format=torch.contiguous_format)
     buffer = torch.empty_like(grad_h_0)
     carried = buffer
-    arriving, steps = grad_states.split(counts), grad_projected.split(counts)
     previous, count = None, -1
-    for t in order_of_steps(len(counts), not reverse):
+    for t, (step, arriving) in each_step((grad_projected, grad_states), counts, slice(0, len(counts)), not reverse):
         if counts[t] == count:
-            total = product(previous, arriving[t], carried)
+            total = product(previous, arriving, carried)
         else:
             # Some sequences end or begin here, against the order of the forward pass.
             reached = grad_h_n[:0] if previous is None else previous @ weight_hh
             count = counts[t]
-            total = joined(reached, grad_h_n, grad_h_0, count) + arriving[t]
+            total = joined(reached, grad_h_n, grad_h_0, count) + arriving
             carried = buffer[:count]
-        previous = steps[t].mul_(total)
+        previous = step.mul_(total)
     grad_h_0[:count] = previous @ weight_hh
     return grad_projected, grad_h_0

@@ -1,5 +1,8 @@
 """What the recurrences share where the sequences of a batch differ in length."""
 
+import itertools
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,6 +47,26 @@ def blocks(counts: list[int], width: int, from_the_first: bool, elements: int | 
 def order_of_steps(sequence_length: int, reverse: bool) -> range:
     """The steps in the order in which they are taken."""
     return range(sequence_length - 1, -1, -1) if reverse else range(sequence_length)
+
+
+_VIEWS = 256
+"""Views that exist at once: some thousand more objects, and Python's collector looks through everything there is."""
+
+
+def each_step(
+    sequences: Sequence[Tensor], counts: list[int], steps: slice, reverse: bool
+) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """Each of some steps, in the order in which it is taken, with its rows of every sequence.
+
+    The sequences begin with the first of ``steps``.
+    """
+    offsets = [0, *itertools.accumulate(counts[steps])]
+    size = max(1, _VIEWS // len(sequences))
+    pieces = [(first, min(first + size, len(offsets) - 1)) for first in range(0, len(offsets) - 1, size)]
+    for first, last in reversed(pieces) if reverse else pieces:
+        rows, taken = slice(offsets[first], offsets[last]), range(steps.start + first, steps.start + last)
+        views = list(zip(*(sequence[rows].split([counts[t] for t in taken]) for sequence in sequences), strict=True))
+        yield from zip(taken[:: -1 if reverse else 1], views[:: -1 if reverse else 1], strict=True)
 
 
 def joined(carried: Tensor, initial: Tensor, final: Tensor, count: int) -> Tensor:
