@@ -1,7 +1,8 @@
 """The grid of a visit to a GPU: every cell, type, pass and size beside ``torch.nn``, the most telling cases first.
 
-Beside ``torch.nn`` stand the loop over steps of ``benchmarks.options`` and, where it can be captured, that loop in a
-CUDA graph. A plain layer's recurrence is also timed alone, without the product of the input.
+Beside ``torch.nn`` stand the loop over steps of ``benchmarks.options`` and, in some cases, the reference's loop through
+``torch.compile``; where they can be captured, each in a CUDA graph as well. A plain layer's recurrence is also timed
+alone, without the product of the input.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from torch import Tensor
 from benchmarks import designs, model, runner
 from benchmarks.cases import Case
 from benchmarks.options import Loop
+from rnnkernels import reference
 from rnnkernels.__main__ import LIMITS, arithmetic
 
 # Each from what says most to what says least
@@ -32,6 +34,12 @@ SEQUENCE_LENGTHS = (1024, 128)
 
 LONGEST_LOOP = 128
 """Steps up to which the loop runs too: it takes longer than all else."""
+
+COMPILED_LOOPS = ((16, 512),)
+"""(batch, hidden_size) of the cases with a compiled loop: compiling takes longer than all else."""
+
+COMPILED_STEPS = 4
+"""Steps that are compiled as one."""
 
 VARIANTS = ({"num_layers": 3}, {"bidirectional": True}, {"padded": True})
 VARIANT_BATCHES = (16, 64)
@@ -112,6 +120,27 @@ def _loop(tested: runner.Call) -> runner.Call:
     return runner.Call(forward, tested.leaves, tested.cotangents)
 
 
+def _compiled_loop(tested: runner.Call, backend: str = "inductor") -> runner.Call:
+    """The loop of the reference on the weights and input of rnnkernels' side, some steps at a time compiled."""
+    module, input, *_ = tested.forward.args
+    cell = getattr(reference, type(module).__name__.lower())
+    weights = [getattr(module, f"{name}_l0") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+
+    @torch.compile(fullgraph=True, dynamic=False, backend=backend)
+    def some_steps(input, *states):
+        return cell(input, *states, *weights)
+
+    def forward():
+        zeros = input.new_zeros(input.shape[1], module.hidden_size)
+        states, outputs = (zeros,) * (2 if module.mode == "LSTM" else 1), []
+        for chunk in input.split(COMPILED_STEPS):
+            output, *states = some_steps(chunk, *states)
+            outputs.append(output)
+        return torch.cat(outputs), *(state.unsqueeze(0) for state in states)
+
+    return runner.Call(forward, tested.leaves, tested.cotangents)
+
+
 def _graphed(call: runner.Call) -> Callable[[], tuple[Tensor, ...]]:
     """All that a call does, in a CUDA graph."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -176,7 +205,7 @@ def _measured(case: Case, device: torch.device, seconds: float, rounds: tuple[in
     times = runner.interleave(calls, clock, seconds, rounds)
     if is_plain(case):
         if case.sequence_length <= LONGEST_LOOP:
-            times |= _loop_times(_loop(calls["rnnkernels"]), exact, rows, runner.BASELINE_SLACK * limit, clock)
+            times |= _loop_times(_loops(case, calls["rnnkernels"]), exact, rows, runner.BASELINE_SLACK * limit, clock)
         alone = recurrence(case)
         found["design"] = str(designs.designs_for(alone, device)[0])
         with designs.without_fallback():
@@ -195,23 +224,31 @@ def _measured(case: Case, device: torch.device, seconds: float, rounds: tuple[in
     return found | runner.timed(times)
 
 
-def _loop_times(
-    loop: runner.Call, exact: tuple[Tensor, ...], rows: Tensor, limit: float, clock: Callable
-) -> dict[str, list[float]]:
-    """The loop's times, and those of its graph on a GPU; nothing where it is wrong or takes more memory than there is.
+def _loops(case: Case, tested: runner.Call) -> dict[str, runner.Call]:
+    """The loops that stand beside a case."""
+    compiled = (case.batch, case.hidden_size) in COMPILED_LOOPS
+    return {"loop": _loop(tested)} | ({"compiled loop": _compiled_loop(tested)} if compiled else {})
 
-    Few rounds, since it is far slower than its neighbours.
+
+def _loop_times(
+    loops: dict[str, runner.Call], exact: tuple[Tensor, ...], rows: Tensor, limit: float, clock: Callable
+) -> dict[str, list[float]]:
+    """The loops' times, and those of their graphs on a GPU; nothing of one that is wrong or can't run.
+
+    Few rounds, since they are far slower than their neighbours.
     """
-    sides = {"loop": loop}
-    try:
-        if not runner.errors_of(sides, exact, rows)["loop"] <= limit:
-            raise RuntimeError("its results are wrong")
-        if isinstance(clock, runner.CUDAClock):
-            sides["loop in a CUDA graph"] = _graphed(loop)
-        return runner.interleave(sides, clock, seconds=0.0, rounds=(3, 3))
-    except RuntimeError as error:
-        print(f"the loop was not timed: {error}", flush=True)
-        return {}
+    times = {}
+    for name, loop in loops.items():
+        sides = {name: loop}
+        try:
+            if not runner.errors_of(sides, exact, rows)[name] <= limit:
+                raise RuntimeError("its results are wrong")
+            if isinstance(clock, runner.CUDAClock):
+                sides[f"{name} in a CUDA graph"] = _graphed(loop)
+            times |= runner.interleave(sides, clock, seconds=0.0, rounds=(3, 3))
+        except RuntimeError as error:  # out of memory, or the compiler's own
+            print(f"the {name} was not timed: {error}", flush=True)
+    return times
 
 
 # What is promised

@@ -529,6 +529,25 @@ def test_a_case_of_the_grid_is_compared_in_some_rows(monkeypatch, kernel_device,
     assert "ratio" not in found
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # the compiler's
+@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
+@pytest.mark.parametrize("module", ["RNN", "GRU", "LSTM"])
+def test_the_compiled_loop_is_the_same_network(monkeypatch, module, mode):
+    case, device = Case(5, 3, 4, 6, mode, module), torch.device("cpu")
+    calls = runner.calls_of(case, device)
+    exact = calls.pop("exact")()
+    monkeypatch.setattr(grid, "COMPILED_STEPS", 2)
+    calls["compiled loop"] = grid._compiled_loop(calls["rnnkernels"], backend="aot_eager")
+    errors = runner.errors_of(calls, exact)
+    assert errors["compiled loop"] < 1e-6, errors
+
+
+def test_few_cases_have_a_compiled_loop(monkeypatch):
+    calls = runner.calls_of(Case(2, 16, 3, 512), torch.device("cpu"))
+    for hidden_size, names in ((512, ["loop", "compiled loop"]), (513, ["loop"])):
+        assert list(grid._loops(Case(2, 16, 3, hidden_size), calls["rnnkernels"])) == names
+
+
 def measured(case, ratio, microseconds=None, design=None):
     found = {**runner.fields(case), "status": "measured", "reason": None, "ratio": ratio}
     if microseconds is not None:
