@@ -90,6 +90,24 @@ def random_lengths(batch, sequence_length, order="unsorted"):
     return lengths.sort(descending=True).values if order == "sorted" else lengths
 
 
+def drawn(operator, sequence_length, batch, hidden_size, dtype, device, options):
+    """Random tensors for an operator and for its options, which name what they ask for."""
+    options = dict(options)
+    sizes = {name: options.pop(name) for name in ("bias", "state_size") if name in options}
+    tensors = arguments(sequence_length, batch, 3, hidden_size, dtype, device, operator=operator, **sizes)
+    wanted = [name for name in options if name.startswith(("norm", "weight"))]
+    if "norm_hh" in wanted and operator != "rnn":
+        wanted.append("norm_ih")
+    options |= extra_weights(operator, hidden_size, dtype, device, wanted)
+    if options.get("lengths"):
+        options["lengths"] = random_lengths(batch, sequence_length).to(device)
+    if options.get("reset"):
+        options["reset"] = (torch.rand(sequence_length, batch) < 0.3).to(device)
+    # A bound that nothing reaches: what the plain kernels could do as well runs on the general ones.
+    options.setdefault("grad_clip", 1e30)
+    return tensors, options
+
+
 def leaves_of(operator, tensors, options):
     """What an operator can be differentiated in, by name: its tensors, and the weights among its options."""
     positional = dict(zip(names_of(operator), tensors, strict=False))

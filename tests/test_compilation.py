@@ -34,8 +34,9 @@ OPTIONS = {
     "gru": list(itertools.product(("bias", "no bias"), (False, True), (False, True))),
     "lstm": list(itertools.product(("plain",), (False, True), (False, True))),
 }
-OF_LAUNCHES = ("write_table", "advance")
-"""Kernels that are there to launch others."""
+OF_LAUNCHES = ("write_table", "advance", "mask_elements")
+"""Kernels that are there for others."""
+EVERY = ("every option",)
 HEAVIEST = {"rnn": ("tanh", True, True), "gru": ("bias", True, True), "lstm": ("plain", True, True)}
 
 PERSISTENT_ELSEWHERE = {
@@ -79,7 +80,8 @@ def cases():
 def persistent_cases():
     """(cell, capability, type, inner_size, tile, hidden_size, (variant, reverse, has lengths)) of the persistent rows.
 
-    By default each row is compiled once for an H100, at the worst hidden size that it takes.
+    By default each row is compiled once for an H100, at the worst hidden size that it takes; and of each cell and type
+    the largest tile once more with every option.
     """
     from rnnkernels.kernels.triton import dispatch
 
@@ -89,8 +91,11 @@ def persistent_cases():
         for inner_size, tile in ((size, tile) for size, tiles in sizes.items() for tile in tiles):
             worst = inner_size - (not dispatch.needs_aligned_rows(cell, multiplication, inner_size, tile))
             for kind in kinds.get(multiplication, ("float32 ieee",)):
+                spills = (cell, multiplication, inner_size, tile) in dispatch.SPILLS_WITH_OPTIONS
+                largest = inner_size == max(sizes) and tile == list(sizes[inner_size])[-1]
+                with_all = [EVERY] * (not spills and (everything or largest))
                 for hidden_size in (worst, inner_size) if everything and worst < inner_size else (worst,):
-                    for options in OPTIONS[cell] if everything else [HEAVIEST[cell]]:
+                    for options in [*(OPTIONS[cell] if everything else [HEAVIEST[cell]]), *with_all]:
                         yield cell, 90, kind, inner_size, tile, hidden_size, options
     for capability, rows in PERSISTENT_ELSEWHERE.items():
         for (cell, multiplication), (inner_size, tile) in rows.items():
@@ -166,7 +171,7 @@ def compile_general(case):
     import torch
 
     variant, capability, kind, hidden_size, norm, with_options = case
-    with offline.absent_gpu(capability) as launches:
+    with offline.absent_gpu(capability) as launches, without("PERSISTENT"):
         launch_general(variant, hidden_size, 3, getattr(torch, kind), norm, with_options)
     by_name = {kernel.__name__: compiled for kernel, compiled in launches}
     return {name: offline.needs(compiled, capability) for name, compiled in by_name.items()}
@@ -178,7 +183,7 @@ def general_kernels_compiled_for_new_lengths_and_batches(variant):
     import torch
 
     counts = {}
-    with offline.absent_gpu(90) as launches:
+    with offline.absent_gpu(90) as launches, without("PERSISTENT"):
         for sequence_length, batch in ((1, 1), (2, 16), (17, 3), (16, 64)):
             launch_general(variant, 17, batch, torch.bfloat16, True, True, sequence_length)
     for kernel, compiled in launches:
@@ -258,17 +263,27 @@ def compile_persistent(case):
     import offline
     import torch
 
-    from rnnkernels.kernels.triton import dispatch
+    from rnnkernels.kernels.triton import dispatch, general
 
     cell, capability, kind, inner_size, (block_batch, block_hidden), hidden_size, options = case
+    dtype = getattr(torch, kind.split()[0])
     torch.set_float32_matmul_precision(TYPES[kind])
     block_inner = dispatch.inner_block(inner_size, multiplication_of(kind))
     design = dispatch.Persistent(block_batch, block_hidden, block_inner, inner_size // block_inner)
     module = importlib.import_module(f"rnnkernels.kernels.triton.{cell}")
-    with offline.absent_gpu(capability) as launches, mock.patch.object(module, "choose", return_value=design):
-        launch(cell, hidden_size, block_batch, getattr(torch, kind.split()[0]), *options)
+    with (
+        offline.absent_gpu(capability) as launches,
+        mock.patch.object(module, "choose", return_value=design),
+        mock.patch.object(general, "persistent_design", return_value=design),
+    ):
+        if options == EVERY:
+            launch_general(cell, hidden_size, block_batch, dtype, False, True)
+        else:
+            launch(cell, hidden_size, block_batch, dtype, *options)
     found = {}
     for kernel, compiled in launches:
+        if kernel.__name__ in OF_LAUNCHES:
+            continue
         needs = found[kernel.__name__] = offline.needs(compiled, capability)
         needs["cooperative"] = compiled.metadata.launch_cooperative_grid
         split = f"{design.num_warps}x{block_inner // design.num_warps}x{block_hidden}"

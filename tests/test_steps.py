@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from parity import GATES, arguments, assert_parity, extra_weights, names_of, random_lengths
+from parity import GATES, assert_parity, drawn, names_of
 
 import rnnkernels as rk
 
@@ -50,27 +50,13 @@ def pairs(operator):
 
 
 @pytest.fixture(autouse=True)
-def on_triton(kernel_device):
+def on_triton(kernel_device, monkeypatch):
+    """Run everything on the kernels of a step: see ``test_persistent_options.py`` for the others."""
+    from rnnkernels.kernels.triton import dispatch
+
+    monkeypatch.setattr(dispatch, "PERSISTENT", {key: {} for key in dispatch.PERSISTENT})
     with rk.use_backend("triton"):
         yield
-
-
-def drawn(operator, sequence_length, batch, hidden_size, dtype, device, options):
-    """Random tensors for an operator and for its options, which name what they ask for."""
-    options = dict(options)
-    sizes = {name: options.pop(name) for name in ("bias", "state_size") if name in options}
-    tensors = arguments(sequence_length, batch, 3, hidden_size, dtype, device, operator=operator, **sizes)
-    wanted = [name for name in options if name.startswith(("norm", "weight"))]
-    if "norm_hh" in wanted and operator != "rnn":
-        wanted.append("norm_ih")
-    options |= extra_weights(operator, hidden_size, dtype, device, wanted)
-    if options.get("lengths"):
-        options["lengths"] = random_lengths(batch, sequence_length).to(device)
-    if options.get("reset"):
-        options["reset"] = (torch.rand(sequence_length, batch) < 0.3).to(device)
-    # A bound that nothing reaches: what the plain kernels could do as well runs on the general ones.
-    options.setdefault("grad_clip", 1e30)
-    return tensors, options
 
 
 @pytest.mark.parametrize(("operator", "option"), [(o, option) for o in OPERATORS for option in OPTIONS[o]], ids=str)

@@ -174,6 +174,8 @@ PERSISTENT = {
     # programs: with more units groups are smaller, and more of them fit. 8 units are for weights that fit in no other
     # way. Above the last size nothing fits, or nothing was looked for (rnn, ieee).
     ("rnn", "16-bit"): {
+        128: {(16, 16): 12288, (16, 32): 24576, (32, 32): 40960},
+        256: {(16, 16): 16384, (16, 32): 32768, (32, 32): 49152},
         512: {(16, 16): 32768, (16, 32): 49152, (16, 64): 98304, (32, 32): 65536},
         768: {(16, 16): 40960, (16, 32): 65536, (16, 64): 131072},
         1024: {(16, 16): 65536, (16, 32): 98304, (16, 64): 163840},
@@ -181,6 +183,7 @@ PERSISTENT = {
         2048: {(16, 16): 98304, (16, 32): 163840, (32, 32): 196608},
     },
     ("rnn", "tf32"): {
+        128: {(16, 16): 16384, (16, 32): 32768},
         256: {(16, 16): 32768, (16, 32): 49152},
         512: {(16, 16): 65536, (16, 32): 98304},
         1024: {(16, 16): 98304, (32, 16): 131072},
@@ -193,7 +196,7 @@ PERSISTENT = {
         1024: {(16, 16): 98304},
     },
     ("gru", "16-bit"): {
-        128: {(16, 16): 28672},
+        128: {(16, 16): 28672, (16, 32): 57344, (32, 32): 90112},
         256: {(16, 16): 40960, (16, 32): 81920, (32, 32): 114688},
         384: {(16, 16): 53248, (16, 32): 106496},
         512: {(16, 16): 81920, (16, 32): 131072},
@@ -215,7 +218,7 @@ PERSISTENT = {
         512: {(16, 16): 131072},
     },
     ("lstm", "16-bit"): {
-        128: {(16, 16): 32768},
+        128: {(16, 16): 32768, (16, 32): 65536, (32, 32): 98304},
         256: {(16, 16): 49152, (16, 32): 98304, (32, 32): 131072},
         384: {(16, 16): 65536, (16, 32): 131072, (32, 32): 163840},
         512: {(16, 16): 98304, (16, 32): 163840, (32, 32): 196608},
@@ -235,6 +238,14 @@ PERSISTENT = {
         256: {(16, 16): 98304},
         512: {(16, 16): 163840},
     },
+}
+
+SPILLS_WITH_OPTIONS = {
+    # (cell, multiplication, inner_size, tile) of the persistent design: with every option at once, 52 to 72 bytes.
+    ("gru", "16-bit", 768, (16, 32)),
+    ("gru", "16-bit", 1024, (16, 32)),
+    ("lstm", "16-bit", 512, (32, 32)),
+    ("lstm", "16-bit", 768, (16, 32)),
 }
 
 STEP = {
@@ -334,7 +345,13 @@ def _resident(cell: str, hidden_size: int, kind: str, device: torch.device) -> R
 
 
 def _persistent(
-    cell: str, hidden_size: int, batch: int, kind: str, device: torch.device, lanes: int = 1
+    cell: str,
+    hidden_size: int,
+    batch: int,
+    kind: str,
+    device: torch.device,
+    lanes: int = 1,
+    with_options: bool = False,
 ) -> Persistent | None:
     if not COOPERATIVE or on_amd(device) or device in _refused:
         return None  # AMD: the kernels compile, but the L2 caches of its chiplets do not share what is exchanged
@@ -344,6 +361,8 @@ def _persistent(
     for (block_batch, block_hidden), needed in sizes.get(inner_size, {}).items():
         design = Persistent(block_batch, block_hidden, block_inner, inner_size // block_inner, lanes=lanes)
         if hidden_size % 16 and needs_aligned_rows(cell, kind, inner_size, (block_batch, block_hidden)):
+            continue
+        if with_options and (cell, kind, inner_size, (block_batch, block_hidden)) in SPILLS_WITH_OPTIONS:
             continue
         if needed <= shared_memory(device) and math.prod(design.grid(batch, hidden_size)) <= multiprocessors(device):
             return design
@@ -361,6 +380,13 @@ def designs(cell: str, hidden_size: int, batch: int, dtype: torch.dtype, device:
 def choose(cell: str, hidden_size: int, batch: int, dtype: torch.dtype, device: torch.device) -> Design:
     """The design for a recurrence, forward and backward."""
     return designs(cell, hidden_size, batch, dtype, device)[0]
+
+
+def persistent_design(
+    cell: str, hidden_size: int, batch: int, dtype: torch.dtype, device: torch.device
+) -> Persistent | None:
+    """The persistent design for a recurrence with options, if there is one that fits the device."""
+    return _persistent(cell, hidden_size, batch, multiplication(dtype), device, with_options=True)
 
 
 def pointwise(size: int, whole_rows: bool) -> Pointwise:

@@ -1,7 +1,11 @@
-"""Any cell with any of its options on a GPU: the products by cuBLAS, and one kernel a step for all that is pointwise.
+"""Any cell with any of its options on a GPU.
 
-The GRU whose reset gate acts before the product takes two of each a step, and so does the LSTM with a projection. The
-kernels, in ``steps``, also leave the state as the next product reads it.
+Where the persistent design holds the weights, all steps run in one launch of the cell's own kernels. Not so with layer
+normalization, since no program sees a whole row, nor where a step has a second product, which takes a second barrier:
+in the GRU whose reset gate acts before the product, and in the LSTM with a projection.
+
+There, and where the weights fit in no other way, cuBLAS forms the products of a step, and one kernel does all that is
+pointwise; two products need two. The kernels, in ``steps``, also leave the state as the next product reads it.
 """
 
 from typing import NamedTuple
@@ -11,9 +15,13 @@ from torch import Tensor
 
 from rnnkernels.kernels.eager.random import RECURRENT, threshold
 from rnnkernels.kernels.recurrence import Gradients, Recurrence, Trace, Weights
-from rnnkernels.kernels.triton import steps
-from rnnkernels.kernels.triton.dispatch import pointwise
+from rnnkernels.kernels.triton import gru, lstm, rnn, steps
+from rnnkernels.kernels.triton.dispatch import Persistent, input_precision, persistent_design, pointwise
+from rnnkernels.kernels.triton.persistent import empty_exchange, exchange_from, launch
 from rnnkernels.kernels.triton.random import kept
+
+MODULES = {"rnn": rnn, "gru": gru, "lstm": lstm}
+"""Modules of the cells' own kernels."""
 
 PARTS = {"rnn": 1, "gru": 4, "lstm": 4}
 """Values of a hidden unit that a step keeps."""
@@ -97,6 +105,39 @@ def _shared(
     }
 
 
+def _persistent(recurrence: Recurrence, weights: Weights, arguments: dict, like: Tensor) -> Persistent | None:
+    """The design in which all steps run in one launch, where the options allow it and the weights fit."""
+    elsewhere = weights.norm_hh, weights.norm_cell_weight, weights.weight_hr
+    if not recurrence.reset_after or any(weight is not None for weight in elsewhere):
+        return None
+    return persistent_design(recurrence.cell, arguments["hidden_size"], arguments["batch"], like.dtype, like.device)
+
+
+def _launch_persistent(
+    direction: str, design: Persistent, steps: int, recurrence: Recurrence, arguments: dict, output: Tensor
+) -> bool:
+    """Launch the cell's kernel for all steps of a pass, with its arguments by name. False if the GPU refuses to."""
+    module = MODULES[recurrence.cell]
+    kernel = getattr(module, f"{direction}_persistent")
+    weights = module.squares(arguments["weight_hh"])
+    bound = recurrence.grad_clip
+    arguments = {
+        **arguments,
+        "weight_hh": weights,
+        "bias_n": arguments["bias"],
+        "grad_clip": None if bound == float("inf") else bound,
+        "REVERSE": recurrence.reverse,
+        "HAS_LENGTHS": arguments["lengths"] is not None,
+        "HAS_BIAS": arguments["bias"] is not None,
+        "PRECISION": input_precision(output.dtype),
+    }
+    names = kernel.arg_names
+    tensors = tuple(arguments[name] for name in names[: names.index("counters")])
+    sizes = *output.shape, weights.shape[-1]
+    options = {name: arguments[name] for name in names[names.index("weight_size") + 1 :] if name in arguments}
+    return launch(kernel, design, steps, tensors, sizes, **options)
+
+
 def _launches(arguments: dict, *kernels) -> list[_Launch]:
     """Kernels of a cell, of which those of the state have its size."""
     whole_rows = arguments["norm_hh"] is not None or arguments["norm_cell_weight"] is not None
@@ -158,16 +199,23 @@ def forward(
         new_cells = torch.empty_like(cells) if recurrence.zoneout_cell else None
     if output.numel() == 0:
         return Trace(output, h_0.clone(), None if c_0 is None else c_0.clone(), gates, cells, new_cells, products)
-    mask = arguments["recurrent_mask"]
-    recurrent = None if mask is None and reset is None else torch.empty_like(h_0)
+    mask, times = arguments["recurrent_mask"], _times(sequence_length, recurrence.reverse)
+    read = _as_read(h_0, times[0], reset, mask)
+    initial_cells = None if c_0 is None else c_0.contiguous().float()
     arguments |= {"projected": projected, "output": output, "gates": gates, "products": products}
-    arguments |= {"cells": cells, "new_cells": new_cells, "recurrent": recurrent}
+    arguments |= {"cells": cells, "new_cells": new_cells}
     trace = Trace(output, h_0, c_0, gates, cells, new_cells, products)
+    design = _persistent(recurrence, weights, arguments, output)
+    if design is not None:
+        h_n = h_0.clone()
+        given = {"exchange": exchange_from(design, read), "state": h_n, "c_0": initial_cells}
+        if _launch_persistent("forward", design, sequence_length, recurrence, arguments | given, output):
+            c_n = None if c_0 is None else cells[times[-1]].to(c_0.dtype, copy=True)
+            return trace._replace(h_n=h_n, c_n=c_n)
+    recurrent = arguments["recurrent"] = None if mask is None and reset is None else torch.empty_like(h_0)
     stages = _forward_stages(recurrence, arguments, h_0, trace)
     standing = None if lengths is None else [torch.empty_like(h_0), torch.empty_like(h_0)]
-    times = _times(sequence_length, recurrence.reverse)
-    h, earlier, read = h_0, 0, _as_read(h_0, times[0], reset, mask)
-    c, earlier_cell = None if c_0 is None else c_0.contiguous().float(), 0
+    h, earlier, c, earlier_cell = h_0, 0, initial_cells, 0
     for k, t in enumerate(times):
         following = None if standing is None else standing[k % 2]
         step = {"time": t, "later": times[min(k + 1, sequence_length - 1)], "following": following}
@@ -237,9 +285,29 @@ def backward(
     sequence_length = len(trace.output)
     if trace.output.numel() == 0:
         return grad._replace(h_0=grad_h_n.clone(), c_0=None if c_0 is None else grad_c_n.clone())
+    arguments |= {"grad_output": grad_output.contiguous(), "grad_gates": grad.gates, "gates": trace.gates}
+    design = _persistent(recurrence, weights, arguments, trace.output)
+    if design is not None:
+        grad_h, grad_c = (
+            None if gradient is None else gradient.contiguous().to(torch.float32, copy=True)
+            for gradient in (grad_h_n, grad_c_n)
+        )
+        given = {
+            "output": trace.gates if recurrence.cell == "rnn" else trace.output,
+            "cells": trace.cells,
+            "new_cells": trace.new_cells,
+            "h_0": h_0,
+            "c_0": None if c_0 is None else c_0.contiguous().float(),
+            "grad_projected": grad.gates,
+            **{"carried": grad_h, "carried_h": grad_h, "carried_c": grad_c},
+            "exchange": empty_exchange(design, len(h_0), ROWS[recurrence.cell], trace.output),
+        }
+        if _launch_persistent("backward", design, sequence_length + 1, recurrence, arguments | given, trace.output):
+            grad_c_0 = None if c_0 is None else grad_c.to(c_0.dtype)
+            return grad._replace(h_0=grad_h.to(h_0.dtype), c_0=grad_c_0)
     through = torch.zeros_like(h_0)
-    arguments |= {"grad_output": grad_output.contiguous(), "grad_gates": grad.gates, "grad_products": grad.products}
-    arguments |= {"grad_states": grad.states, "through": through, "gates": trace.gates, "products": trace.products}
+    arguments |= {"grad_products": grad.products, "grad_states": grad.states}
+    arguments |= {"through": through, "products": trace.products}
     arguments["new_cells"] = trace.cells if trace.new_cells is None else trace.new_cells
     arguments["h_0"] = h_0 if recurrence.reverse and lengths is not None else None
     stages = _backward_stages(recurrence, arguments, through, grad)

@@ -27,8 +27,10 @@ from rnnkernels.kernels.triton.launch import (
     wait_for_the_step_before,
     weight_tile,
 )
+from rnnkernels.kernels.triton.options import STATE, as_read, factor_of, forget, through_zoneout, zone_out
 from rnnkernels.kernels.triton.persistent import (
     COUNTER_STRIDE,
+    clears,
     empty_exchange,
     exchange_from,
     exchange_places,
@@ -428,20 +430,32 @@ def forward_persistent(
     BLOCK_INNER: tl.constexpr,
     CHUNKS: tl.constexpr,
     SPLITS: tl.constexpr,
+    projected=None,
+    state=None,
+    reset=None,
+    recurrent_mask=None,
+    key: tl.int64 = 1,
+    zoneout: tl.int64 = 0,
+    ZONEOUT: tl.constexpr = "none",
 ):
-    """Steps from ``first_step`` up to ``last_step``. What comes before the first, ``exchange`` holds."""
+    """Steps from ``first_step`` up to ``last_step``. What comes before the first, ``exchange`` holds.
+
+    With options, ``projected`` holds the projected input, and ``state`` takes the state from launch to launch.
+    """
     rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
     counter = counters + tl.program_id(0) * COUNTER_STRIDE
     mask = (rows < batch)[:, None] & (columns < hidden_size)[None, :]
     length = length_of(lengths, rows, batch, sequence_length, HAS_LENGTHS)
     row_offset = rows.to(tl.int64)[:, None] * hidden_size
+    tile = row_offset + columns[None, :]
     matrix = weight_size * weight_size
     weight_r = load_weights(weight_hh, columns, weight_size, 1, weight_size, SPLITS, BLOCK_INNER, CHUNKS)
     weight_z = load_weights(weight_hh + matrix, columns, weight_size, 1, weight_size, SPLITS, BLOCK_INNER, CHUNKS)
     weight_n = load_weights(weight_hh + 2 * matrix, columns, weight_size, 1, weight_size, SPLITS, BLOCK_INNER, CHUNKS)
     source, target, slot_size = exchange_places(exchange, rows, columns, 1, BLOCK_BATCH, BLOCK_INNER, CHUNKS, SPLITS)
     nothing = tl.zeros((SPLITS, BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
+    factor = factor_of(recurrent_mask, tile, mask)
     bias = tl.zeros((BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
     if HAS_BIAS:
         bias += tl.load(bias_n + columns, mask=columns < hidden_size, other=0.0).to(tl.float32)[None, :]
@@ -450,11 +464,19 @@ def forward_persistent(
     start = time_of(first_step, sequence_length, REVERSE) * stride
     if REVERSE:
         stride = -stride
-    states = output + row_offset + columns[None, :] + start
+    offset = tile + start
     parts = gates + row_offset * 4 + columns[None, :] + start * 4
     zero = tl.zeros_like(mask.to(tl.int32))
-    h = tl.load(target + (first_step + 1) % 2 * slot_size, mask=mask, other=0.0)
-    projected_r, projected_z, projected_n = load_parts(parts + hidden_size, hidden_size, mask, 3)
+    given, within = parts + hidden_size, mask
+    before = target + (first_step + 1) % 2 * slot_size
+    if projected is not None:
+        given = projected + row_offset * 3 + columns[None, :] + start * 3
+        within = mask & is_active(time_of(first_step, sequence_length, REVERSE), length)
+        before = state + tile
+    h = tl.load(before, mask=mask, other=0.0)
+    cleared = clears(reset, time_of(first_step, sequence_length, REVERSE), rows, batch, length)
+    clears_next = clears(reset, time_of(first_step + 1, sequence_length, REVERSE), rows, batch, length)
+    projected_r, projected_z, projected_n = load_parts(given, hidden_size, within, 3)
     for step in range(first_step, last_step):
         r, z, hn = nothing, nothing, nothing
         previous = source + (step + 1) % 2 * slot_size
@@ -471,21 +493,31 @@ def forward_persistent(
         hn = tl.sum(hn, axis=0) + bias
         r, z = sigmoid(projected_r.to(tl.float32) + r), sigmoid(projected_z.to(tl.float32) + z)
         n = tanh(projected_n.to(tl.float32) + r * hn)
-        new = new_state(z, n, h.to(tl.float32)).to(h.dtype)
+        old = forget(h.to(tl.float32), cleared)
+        new = zone_out(old, new_state(z, n, old), offset, key, zoneout, STATE, ZONEOUT).to(h.dtype)
         active = is_active(time_of(step, sequence_length, REVERSE), length)
         h = tl.where(active, new, h)
-        tl.store(target + step % 2 * slot_size, h, mask=mask)
+        tl.store(target + step % 2 * slot_size, as_read(h, factor, clears_next), mask=mask)
         if BARRIER:
             arrive(counter)
         # While the others arrive: what they need not wait for, and what the next step needs besides.
-        tl.store(states, tl.where(active, new, 0.0), mask=mask)
+        tl.store(output + offset, tl.where(active, new, 0.0), mask=mask)
         store_parts(parts, hidden_size, (hn, r, z, n), mask)
-        states += stride
+        offset += stride
         parts += stride * 4
         more = mask & (zero < sequence_length - 1 - step)
-        projected_r, projected_z, projected_n = load_parts(parts + hidden_size, hidden_size, more, 3)
+        if projected is None:
+            given = parts + hidden_size
+        else:
+            given += stride * 3
+            more = more & is_active(time_of(step + 1, sequence_length, REVERSE), length)
+        projected_r, projected_z, projected_n = load_parts(given, hidden_size, more, 3)
+        cleared = clears_next
+        clears_next = clears(reset, time_of(step + 2, sequence_length, REVERSE), rows, batch, length)
         if BARRIER:
             wait(counter, (step + 1) * tl.num_programs(1))
+    if state is not None:
+        tl.store(state + tile, h, mask=mask)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -515,6 +547,12 @@ def backward_persistent(
     BLOCK_INNER: tl.constexpr,
     CHUNKS: tl.constexpr,
     SPLITS: tl.constexpr,
+    reset=None,
+    recurrent_mask=None,
+    grad_clip=None,
+    key: tl.int64 = 1,
+    zoneout: tl.int64 = 0,
+    ZONEOUT: tl.constexpr = "none",
 ):
     """Steps back from ``first_step`` up to ``last_step``; after the last of the sequence, one that only multiplies.
 
@@ -534,6 +572,7 @@ def backward_persistent(
     weights += load_weights(weight_hh + matrix, columns, weight_size, weight_size, 1, SPLITS, BLOCK_INNER, CHUNKS)
     source, target, slot_size = exchange_places(exchange, rows, columns, 3, BLOCK_BATCH, BLOCK_INNER, CHUNKS, SPLITS)
     nothing = tl.zeros((SPLITS, BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
+    factor = factor_of(recurrent_mask, tile, mask)
     grad_h = tl.load(carried + tile, mask=mask, other=0.0)
 
     # The steps run against the order of the forward pass.
@@ -544,22 +583,27 @@ def backward_persistent(
     if not REVERSE:
         stride = -stride
     active = mask & is_active(time, length)
+    cleared = clears(reset, time, rows, batch, length)
+    cleared_later = clears(reset, time_of(first_step - 1, sequence_length, not REVERSE), rows, batch, length)
     hn, r, z, n = load_parts(gates + part, hidden_size, active, 4)
     outer = tl.load(grad_output + offset, mask=active, other=0.0)
     previous = load_either(is_first(time, length, REVERSE), h_0 + tile, output + offset + stride, active)
     for step in range(first_step, last_step):
-        grad_h += multiply(source + (step + 1) % 2 * slot_size, weights, nothing, BLOCK_INNER, PRECISION)
+        product = multiply(source + (step + 1) % 2 * slot_size, weights, nothing, BLOCK_INNER, PRECISION)
+        grad_h += as_read(product, factor, cleared_later)
         grad_state = grad_h + outer.to(tl.float32)
+        grad_old, grad_new = through_zoneout(grad_state, offset, key, zoneout, STATE, ZONEOUT)
         grad_hn, grad_r, grad_z, grad_n = gate_gradients(
-            grad_state,
+            grad_new,
             hn.to(tl.float32),
             r.to(tl.float32),
             z.to(tl.float32),
             n.to(tl.float32),
-            previous.to(tl.float32),
-            float("inf"),
+            forget(previous.to(tl.float32), cleared),
+            grad_clip,
         )
-        grad_h = tl.where(active, grad_state * z.to(tl.float32), grad_h)
+        grad_old += grad_new * z.to(tl.float32)
+        grad_h = tl.where(active, forget(grad_old, cleared), grad_h)
         grad_hn = tl.where(active, grad_hn, 0.0)
         grad_r = tl.where(active, grad_r, 0.0)
         grad_z = tl.where(active, grad_z, 0.0)
@@ -578,12 +622,14 @@ def backward_persistent(
         hn, r, z, n = load_parts(gates + part, hidden_size, active, 4)
         outer = tl.load(grad_output + offset, mask=active, other=0.0)
         previous = load_either(is_first(time, length, REVERSE), h_0 + tile, output + offset + stride, active)
+        cleared_later = cleared
+        cleared = clears(reset, time, rows, batch, length)
         if BARRIER:
             wait(counter, (step + 1) * tl.num_programs(1))
     tl.store(carried + tile, grad_h, mask=mask)
 
 
-def _squares(weight_hh: Tensor) -> Tensor:
+def squares(weight_hh: Tensor) -> Tensor:
     """The weights as (3, size, size), with zeros up to a multiple of 16."""
     hidden_size = weight_hh.shape[1]
     missing = -hidden_size % 16
@@ -604,7 +650,7 @@ def forward(
     output = gates.new_empty(sequence_length, batch, hidden_size)
     if output.numel() == 0:
         return output, h_0.clone()
-    h_0, weights = h_0.contiguous(), _squares(weight_hh.contiguous())
+    h_0, weights = h_0.contiguous(), squares(weight_hh.contiguous())
     bias_n = None if bias_hh is None else bias_hh[2 * hidden_size :].contiguous()
     sizes = batch, hidden_size, weights.shape[-1]
     options = {
@@ -648,7 +694,7 @@ def backward(
     if output.numel() == 0:
         return grad_gates, grad_h_n.clone()
     grad_output, grad_h_n, h_0 = grad_output.contiguous(), grad_h_n.contiguous(), h_0.contiguous()
-    weights = _squares(weight_hh.contiguous())
+    weights = squares(weight_hh.contiguous())
     sizes = batch, hidden_size, weights.shape[-1]
     options = {"REVERSE": reverse, "HAS_LENGTHS": lengths is not None, "PRECISION": input_precision(output.dtype)}
     design = choose("gru", hidden_size, batch, output.dtype, output.device)

@@ -28,8 +28,10 @@ from rnnkernels.kernels.triton.launch import (
     wait_for_the_step_before,
     weight_tile,
 )
+from rnnkernels.kernels.triton.options import CELL, STATE, as_read, factor_of, forget, through_zoneout, zone_out
 from rnnkernels.kernels.triton.persistent import (
     COUNTER_STRIDE,
+    clears,
     empty_exchange,
     exchange_from,
     exchange_places,
@@ -68,12 +70,37 @@ def through_cell_state(grad_cell, i, f, g, previous, bound):
 
 
 @triton.jit
-def gate_gradients(grad_hidden, grad_cell, i, f, g, o, previous, c):
+def activate_gates(i, f, g, o, c, peepholes=None):
+    """The four gates and the new cell state, of which the peephole to o is."""
+    if peepholes is not None:
+        i += peepholes[0] * c
+        f += peepholes[1] * c
+    i, f, g = sigmoid(i), sigmoid(f), tanh(g)
+    new_c = cell_state(i, f, g, c)
+    if peepholes is not None:
+        o += peepholes[2] * new_c
+    return i, f, g, sigmoid(o), new_c
+
+
+@triton.jit
+def through_gates(grad_cell, grad_o, i, f, g, previous, peepholes, bound):
+    """Gradients of i, f, g before their activations and of the cell state before the step, from that of the new one."""
+    if peepholes is not None:
+        grad_cell += grad_o * peepholes[2]
+    grad_i, grad_f, grad_g = through_cell_state(grad_cell, i, f, g, previous, bound)
+    grad_previous = grad_cell * f
+    if peepholes is not None:
+        grad_previous += grad_i * peepholes[0] + grad_f * peepholes[1]
+    return grad_i, grad_f, grad_g, grad_previous
+
+
+@triton.jit
+def gate_gradients(grad_hidden, grad_cell, i, f, g, o, previous, c, peepholes=None, bound=None):
     """Gradients of the four gates before their activations, and of the cell state before the step."""
-    grad_o, through_tanh = through_output(grad_hidden, o, tanh(c), float("inf"))
+    grad_o, through_tanh = through_output(grad_hidden, o, tanh(c), bound)
     grad_cell += through_tanh
-    grad_i, grad_f, grad_g = through_cell_state(grad_cell, i, f, g, previous, float("inf"))
-    return grad_i, grad_f, grad_g, grad_o, grad_cell * f
+    grad_i, grad_f, grad_g, onward = through_gates(grad_cell, grad_o, i, f, g, previous, peepholes, bound)
+    return grad_i, grad_f, grad_g, grad_o, onward
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -448,8 +475,22 @@ def forward_persistent(
     BLOCK_INNER: tl.constexpr,
     CHUNKS: tl.constexpr,
     SPLITS: tl.constexpr,
+    projected=None,
+    state=None,
+    new_cells=None,
+    weight_peephole=None,
+    reset=None,
+    recurrent_mask=None,
+    key: tl.int64 = 1,
+    zoneout: tl.int64 = 0,
+    zoneout_cell: tl.int64 = 0,
+    ZONEOUT: tl.constexpr = "none",
+    ZONEOUT_CELL: tl.constexpr = "none",
 ):
-    """Steps from ``first_step`` up to ``last_step``. What comes before the first, ``exchange`` and ``cells`` hold."""
+    """Steps from ``first_step`` up to ``last_step``. What comes before the first, ``exchange`` and ``cells`` hold.
+
+    With options, ``projected`` holds the projected input, and ``state`` takes the state from launch to launch.
+    """
     rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
     counter = counters + tl.program_id(0) * COUNTER_STRIDE
@@ -464,6 +505,11 @@ def forward_persistent(
     weight_o = load_weights(weight_hh + 3 * matrix, columns, weight_size, 1, weight_size, SPLITS, BLOCK_INNER, CHUNKS)
     source, target, slot_size = exchange_places(exchange, rows, columns, 1, BLOCK_BATCH, BLOCK_INNER, CHUNKS, SPLITS)
     nothing = tl.zeros((SPLITS, BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
+    factor = factor_of(recurrent_mask, tile, mask)
+    peepholes = None
+    if weight_peephole is not None:
+        unit = columns[None, :]
+        peepholes = load_parts(weight_peephole + unit, hidden_size, unit < hidden_size, 3)
 
     stride = tl.cast(batch, tl.int64) * hidden_size
     start = time_of(first_step, sequence_length, REVERSE) * stride
@@ -472,9 +518,17 @@ def forward_persistent(
     offset = tile + start
     parts = gates + row_offset * 4 + columns[None, :] + start * 4
     zero = tl.zeros_like(mask.to(tl.int32))
-    h = tl.load(target + (first_step + 1) % 2 * slot_size, mask=mask, other=0.0)
+    given, within = parts, mask
+    before = target + (first_step + 1) % 2 * slot_size
+    if projected is not None:
+        given = projected + row_offset * 4 + columns[None, :] + start * 4
+        within = mask & is_active(time_of(first_step, sequence_length, REVERSE), length)
+        before = state + tile
+    h = tl.load(before, mask=mask, other=0.0)
     c = load_either(zero == first_step, c_0 + tile, cells + offset - stride, mask)
-    projected_i, projected_f, projected_g, projected_o = load_parts(parts, hidden_size, mask, 4)
+    cleared = clears(reset, time_of(first_step, sequence_length, REVERSE), rows, batch, length)
+    clears_next = clears(reset, time_of(first_step + 1, sequence_length, REVERSE), rows, batch, length)
+    projected_i, projected_f, projected_g, projected_o = load_parts(given, hidden_size, within, 4)
     for step in range(first_step, last_step):
         i, f, g, o = nothing, nothing, nothing, nothing
         previous = source + (step + 1) % 2 * slot_size
@@ -490,26 +544,39 @@ def forward_persistent(
             o = tl.dot(x, weight_o[chunk], acc=o, input_precision=PRECISION)
         i, f = sum_two(i, f)
         g, o = sum_two(g, o)
-        i, f = sigmoid(projected_i.to(tl.float32) + i), sigmoid(projected_f.to(tl.float32) + f)
-        g, o = tanh(projected_g.to(tl.float32) + g), sigmoid(projected_o.to(tl.float32) + o)
-        new_c = cell_state(i, f, g, c)
-        new = (o * tanh(new_c)).to(h.dtype)
+        i, f = projected_i.to(tl.float32) + i, projected_f.to(tl.float32) + f
+        g, o = projected_g.to(tl.float32) + g, projected_o.to(tl.float32) + o
+        old, old_c = forget(h.to(tl.float32), cleared), forget(c, cleared)
+        i, f, g, o, new_c = activate_gates(i, f, g, o, old_c, peepholes)
+        new = zone_out(old, o * tanh(new_c), offset, key, zoneout, STATE, ZONEOUT).to(h.dtype)
+        mixed = zone_out(old_c, new_c, offset, key, zoneout_cell, CELL, ZONEOUT_CELL)
         active = is_active(time_of(step, sequence_length, REVERSE), length)
         h = tl.where(active, new, h)
-        c = tl.where(active, new_c, c)
-        tl.store(target + step % 2 * slot_size, h, mask=mask)
+        c = tl.where(active, mixed, c)
+        tl.store(target + step % 2 * slot_size, as_read(h, factor, clears_next), mask=mask)
         if BARRIER:
             arrive(counter)
         # While the others arrive: what they need not wait for, and what the next step needs besides.
         tl.store(output + offset, tl.where(active, new, 0.0), mask=mask)
         tl.store(cells + offset, c, mask=mask)
         store_parts(parts, hidden_size, (i, f, g, o), mask)
+        if new_cells is not None:
+            tl.store(new_cells + offset, new_c, mask=mask)
         offset += stride
         parts += stride * 4
         more = mask & (zero < sequence_length - 1 - step)
-        projected_i, projected_f, projected_g, projected_o = load_parts(parts, hidden_size, more, 4)
+        if projected is None:
+            given = parts
+        else:
+            given += stride * 4
+            more = more & is_active(time_of(step + 1, sequence_length, REVERSE), length)
+        projected_i, projected_f, projected_g, projected_o = load_parts(given, hidden_size, more, 4)
+        cleared = clears_next
+        clears_next = clears(reset, time_of(step + 2, sequence_length, REVERSE), rows, batch, length)
         if BARRIER:
             wait(counter, (step + 1) * tl.num_programs(1))
+    if state is not None:
+        tl.store(state + tile, h, mask=mask)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -540,6 +607,16 @@ def backward_persistent(
     BLOCK_INNER: tl.constexpr,
     CHUNKS: tl.constexpr,
     SPLITS: tl.constexpr,
+    new_cells=None,
+    weight_peephole=None,
+    reset=None,
+    recurrent_mask=None,
+    grad_clip=None,
+    key: tl.int64 = 1,
+    zoneout: tl.int64 = 0,
+    zoneout_cell: tl.int64 = 0,
+    ZONEOUT: tl.constexpr = "none",
+    ZONEOUT_CELL: tl.constexpr = "none",
 ):
     """Steps back from ``first_step`` up to ``last_step``; after the last of the sequence, one that only multiplies.
 
@@ -559,6 +636,14 @@ def backward_persistent(
     weights += load_weights(weight_hh + 3 * matrix, columns, weight_size, weight_size, 1, SPLITS, BLOCK_INNER, CHUNKS)
     source, target, slot_size = exchange_places(exchange, rows, columns, 4, BLOCK_BATCH, BLOCK_INNER, CHUNKS, SPLITS)
     nothing = tl.zeros((SPLITS, BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
+    factor = factor_of(recurrent_mask, tile, mask)
+    peepholes = None
+    if weight_peephole is not None:
+        unit = columns[None, :]
+        peepholes = load_parts(weight_peephole + unit, hidden_size, unit < hidden_size, 3)
+    computed = cells
+    if new_cells is not None:
+        computed = new_cells
     grad_h = tl.load(carried_h + tile, mask=mask, other=0.0)
     grad_c = tl.load(carried_c + tile, mask=mask, other=0.0)
 
@@ -571,24 +656,32 @@ def backward_persistent(
         stride = -stride
     zero = tl.zeros_like(mask.to(tl.int32))
     active = mask & is_active(time, length)
+    cleared = clears(reset, time, rows, batch, length)
+    cleared_later = clears(reset, time_of(first_step - 1, sequence_length, not REVERSE), rows, batch, length)
     i, f, g, o = load_parts(gates + part, hidden_size, active, 4)
     outer = tl.load(grad_output + offset, mask=active, other=0.0)
-    c = tl.load(cells + offset, mask=active, other=0.0)
+    c = tl.load(computed + offset, mask=active, other=0.0)
     previous = load_either(zero == sequence_length - 1 - first_step, c_0 + tile, cells + offset + stride, active)
     for step in range(first_step, last_step):
-        grad_h += multiply(source + (step + 1) % 2 * slot_size, weights, nothing, BLOCK_INNER, PRECISION)
+        product = multiply(source + (step + 1) % 2 * slot_size, weights, nothing, BLOCK_INNER, PRECISION)
+        grad_h += as_read(product, factor, cleared_later)
+        grad_state = grad_h + outer.to(tl.float32)
+        grad_old, grad_hidden = through_zoneout(grad_state, offset, key, zoneout, STATE, ZONEOUT)
+        grad_old_c, grad_new_c = through_zoneout(grad_c, offset, key, zoneout_cell, CELL, ZONEOUT_CELL)
         grad_i, grad_f, grad_g, grad_o, onward_c = gate_gradients(
-            grad_h + outer.to(tl.float32),
-            grad_c,
+            grad_hidden,
+            grad_new_c,
             i.to(tl.float32),
             f.to(tl.float32),
             g.to(tl.float32),
             o.to(tl.float32),
-            previous,
+            forget(previous, cleared),
             c,
+            peepholes,
+            grad_clip,
         )
-        grad_h = tl.where(active, 0.0, grad_h)
-        grad_c = tl.where(active, onward_c, grad_c)
+        grad_h = tl.where(active, forget(grad_old, cleared), grad_h)
+        grad_c = tl.where(active, forget(grad_old_c + onward_c, cleared), grad_c)
         grad_i = tl.where(active, grad_i, 0.0)
         grad_f = tl.where(active, grad_f, 0.0)
         grad_g = tl.where(active, grad_g, 0.0)
@@ -606,15 +699,17 @@ def backward_persistent(
         active = mask & is_active(time, length)
         i, f, g, o = load_parts(gates + part, hidden_size, active, 4)
         outer = tl.load(grad_output + offset, mask=active, other=0.0)
-        c = tl.load(cells + offset, mask=active, other=0.0)
+        c = tl.load(computed + offset, mask=active, other=0.0)
         previous = load_either(zero == sequence_length - 2 - step, c_0 + tile, cells + offset + stride, active)
+        cleared_later = cleared
+        cleared = clears(reset, time, rows, batch, length)
         if BARRIER:
             wait(counter, (step + 1) * tl.num_programs(1))
     tl.store(carried_h + tile, grad_h, mask=mask)
     tl.store(carried_c + tile, grad_c, mask=mask)
 
 
-def _squares(weight_hh: Tensor) -> Tensor:
+def squares(weight_hh: Tensor) -> Tensor:
     """The weights as (4, size, size), with zeros up to a multiple of 16."""
     hidden_size = weight_hh.shape[1]
     missing = -hidden_size % 16
@@ -640,7 +735,7 @@ def forward(
     cells = torch.empty_like(output, dtype=torch.float32)
     if output.numel() == 0:
         return output, h_0.clone(), c_0.clone(), cells
-    h_0, c_0, weights = h_0.contiguous(), c_0.contiguous(), _squares(weight_hh)
+    h_0, c_0, weights = h_0.contiguous(), c_0.contiguous(), squares(weight_hh)
     sizes = batch, hidden_size, weights.shape[-1]
     options = {"REVERSE": reverse, "HAS_LENGTHS": lengths is not None, "PRECISION": input_precision(gates.dtype)}
     design = choose("lstm", hidden_size, batch, gates.dtype, gates.device)
@@ -696,7 +791,7 @@ def backward(
     if gates.numel() == 0:
         return grad_gates, grad_h_n.clone(), grad_c_n.clone()
     grad_output, grad_h_n, grad_c_n = grad_output.contiguous(), grad_h_n.contiguous(), grad_c_n.contiguous()
-    initial_cells, weights = c_0.contiguous().float(), _squares(weight_hh)
+    initial_cells, weights = c_0.contiguous().float(), squares(weight_hh)
     sizes = batch, hidden_size, weights.shape[-1]
     options = {"REVERSE": reverse, "HAS_LENGTHS": lengths is not None, "PRECISION": input_precision(gates.dtype)}
     design = choose("lstm", hidden_size, batch, gates.dtype, gates.device)

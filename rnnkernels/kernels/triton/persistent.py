@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rnnkernels.kernels.triton import dispatch
+from rnnkernels.kernels.triton.options import is_reset
 
 COUNTER_STRIDE = tl.constexpr(32)
 """Elements from the counter of a group to that of the next: each has a cache line of its own."""
@@ -138,6 +139,12 @@ def is_first(time, length, REVERSE: tl.constexpr):
 def is_active(time, length):
     """Whether a sequence has this time; a pass may ask one step too far on either side."""
     return (tl.zeros_like(length) + time >= 0) & (time < length)
+
+
+@triton.jit
+def clears(reset, time, rows, batch, length):
+    """Whether a reset clears the state that a step at this time starts from."""
+    return is_reset(reset, time, rows[:, None], batch, (rows < batch)[:, None] & is_active(time, length))
 
 
 def concurrent(device: torch.device) -> bool:

@@ -57,5 +57,8 @@ def load_either(first, initial, others, mask):
 
 @triton.jit
 def clip(x, bound):
-    """``x``, between -bound and bound. NaN stays NaN."""
-    return tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))
+    """``x``, between -bound and bound where there is one. NaN stays NaN."""
+    if bound is None:
+        return x
+    else:
+        return tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))

@@ -35,8 +35,18 @@ from rnnkernels.kernels.triton.launch import (
     wait_for_the_step_before,
     weight_tile,
 )
+from rnnkernels.kernels.triton.options import (
+    DRAWN,
+    STATE,
+    as_read,
+    factor_of,
+    forget,
+    through_zoneout,
+    zone_out,
+)
 from rnnkernels.kernels.triton.persistent import (
     COUNTER_STRIDE,
+    clears,
     empty_exchange,
     exchange_from,
     exchange_places,
@@ -48,9 +58,9 @@ from rnnkernels.kernels.triton.persistent import (
     state_after,
     time_of,
 )
-from rnnkernels.kernels.triton.pointwise import activate, through_activation
+from rnnkernels.kernels.triton.pointwise import activate, clip, through_activation
 
-RUNTIME = ("sequence_length", "batch", "first_step", "last_step")
+RUNTIME = ("sequence_length", "batch", "first_step", "last_step", *DRAWN)
 """Arguments on whose value no kernel is specialized: a new length or batch compiles nothing."""
 
 
@@ -310,39 +320,72 @@ def forward_persistent(
     BLOCK_INNER: tl.constexpr,
     CHUNKS: tl.constexpr,
     SPLITS: tl.constexpr,
+    projected=None,
+    gates=None,
+    state=None,
+    reset=None,
+    recurrent_mask=None,
+    key: tl.int64 = 1,
+    zoneout: tl.int64 = 0,
+    ZONEOUT: tl.constexpr = "none",
 ):
-    """Steps from ``first_step`` up to ``last_step``. What comes before the first, ``exchange`` holds."""
+    """Steps from ``first_step`` up to ``last_step``. What comes before the first, ``exchange`` holds.
+
+    With options, ``projected`` holds the projected input, ``gates`` receives what the activation gives, and ``state``
+    takes the state from launch to launch.
+    """
     rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
     counter = counters + tl.program_id(0) * COUNTER_STRIDE
     mask = (rows < batch)[:, None] & (columns < hidden_size)[None, :]
     length = length_of(lengths, rows, batch, sequence_length, HAS_LENGTHS)
+    tile = rows.to(tl.int64)[:, None] * hidden_size + columns[None, :]
     weights = load_weights(weight_hh, columns, weight_size, 1, weight_size, SPLITS, BLOCK_INNER, CHUNKS)
     source, target, slot_size = exchange_places(exchange, rows, columns, 1, BLOCK_BATCH, BLOCK_INNER, CHUNKS, SPLITS)
     nothing = tl.zeros((SPLITS, BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
+    factor = factor_of(recurrent_mask, tile, mask)
 
     stride = tl.cast(batch, tl.int64) * hidden_size
     start = time_of(first_step, sequence_length, REVERSE) * stride
     if REVERSE:
         stride = -stride
-    states = output + rows.to(tl.int64)[:, None] * hidden_size + columns[None, :] + start
+    offset = tile + start
     zero = tl.zeros_like(mask.to(tl.int32))
-    h = tl.load(target + (first_step + 1) % 2 * slot_size, mask=mask, other=0.0)
-    projected = tl.load(states, mask=mask, other=0.0)
+    given, within = output, mask
+    before = target + (first_step + 1) % 2 * slot_size
+    if projected is not None:
+        given = projected
+        within = mask & is_active(time_of(first_step, sequence_length, REVERSE), length)
+        before = state + tile
+    h = tl.load(before, mask=mask, other=0.0)
+    cleared = clears(reset, time_of(first_step, sequence_length, REVERSE), rows, batch, length)
+    clears_next = clears(reset, time_of(first_step + 1, sequence_length, REVERSE), rows, batch, length)
+    from_input = tl.load(given + offset, mask=within, other=0.0)
     for step in range(first_step, last_step):
         a = multiply(source + (step + 1) % 2 * slot_size, weights, nothing, BLOCK_INNER, PRECISION)
-        new = activate(projected.to(tl.float32) + a, NONLINEARITY).to(h.dtype)
+        candidate = activate(from_input.to(tl.float32) + a, NONLINEARITY)
+        old = forget(h.to(tl.float32), cleared)
+        new = zone_out(old, candidate, offset, key, zoneout, STATE, ZONEOUT).to(h.dtype)
         active = is_active(time_of(step, sequence_length, REVERSE), length)
         h = tl.where(active, new, h)
-        tl.store(target + step % 2 * slot_size, h, mask=mask)
+        tl.store(target + step % 2 * slot_size, as_read(h, factor, clears_next), mask=mask)
         if BARRIER:
             arrive(counter)
         # While the others arrive: what they need not wait for, and what the next step needs besides.
-        tl.store(states, tl.where(active, new, 0.0), mask=mask)
-        states += stride
-        projected = tl.load(states, mask=mask & (zero < sequence_length - 1 - step), other=0.0)
+        tl.store(output + offset, tl.where(active, new, 0.0), mask=mask)
+        if gates is not None:
+            tl.store(gates + offset, candidate, mask=mask)
+        offset += stride
+        more = mask & (zero < sequence_length - 1 - step)
+        if projected is not None:
+            more = more & is_active(time_of(step + 1, sequence_length, REVERSE), length)
+        from_input = tl.load(given + offset, mask=more, other=0.0)
+        cleared = clears_next
+        clears_next = clears(reset, time_of(step + 2, sequence_length, REVERSE), rows, batch, length)
         if BARRIER:
             wait(counter, (step + 1) * tl.num_programs(1))
+    if state is not None:
+        tl.store(state + tile, h, mask=mask)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -371,10 +414,16 @@ def backward_persistent(
     BLOCK_INNER: tl.constexpr,
     CHUNKS: tl.constexpr,
     SPLITS: tl.constexpr,
+    reset=None,
+    recurrent_mask=None,
+    grad_clip=None,
+    key: tl.int64 = 1,
+    zoneout: tl.int64 = 0,
+    ZONEOUT: tl.constexpr = "none",
 ):
     """Steps back from ``first_step`` up to ``last_step``; after the last of the sequence, one that only multiplies.
 
-    ``carried`` takes the float32 gradient of the state from launch to launch.
+    ``output`` holds what the activation gave. ``carried`` takes the float32 gradient of the state from launch to launch.
     """
     rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
@@ -385,6 +434,7 @@ def backward_persistent(
     weights = load_weights(weight_hh, columns, weight_size, weight_size, 1, SPLITS, BLOCK_INNER, CHUNKS)
     source, target, slot_size = exchange_places(exchange, rows, columns, 1, BLOCK_BATCH, BLOCK_INNER, CHUNKS, SPLITS)
     nothing = tl.zeros((SPLITS, BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
+    factor = factor_of(recurrent_mask, tile, mask)
     grad_h = tl.load(carried + tile, mask=mask, other=0.0)
 
     # The steps run against the order of the forward pass.
@@ -394,13 +444,18 @@ def backward_persistent(
     if not REVERSE:
         stride = -stride
     active = mask & is_active(time, length)
+    cleared = clears(reset, time, rows, batch, length)
+    cleared_later = clears(reset, time_of(first_step - 1, sequence_length, not REVERSE), rows, batch, length)
     y = tl.load(output + offset, mask=active, other=0.0)
     outer = tl.load(grad_output + offset, mask=active, other=0.0)
     for step in range(first_step, last_step):
-        grad_h += multiply(source + (step + 1) % 2 * slot_size, weights, nothing, BLOCK_INNER, PRECISION)
-        gradient = through_activation(grad_h + outer.to(tl.float32), y.to(tl.float32), NONLINEARITY)
+        product = multiply(source + (step + 1) % 2 * slot_size, weights, nothing, BLOCK_INNER, PRECISION)
+        grad_h += as_read(product, factor, cleared_later)
+        grad_state = grad_h + outer.to(tl.float32)
+        grad_old, grad_new = through_zoneout(grad_state, offset, key, zoneout, STATE, ZONEOUT)
+        gradient = clip(through_activation(grad_new, y.to(tl.float32), NONLINEARITY), grad_clip)
         gradient = tl.where(active, gradient, 0.0)
-        grad_h = tl.where(active, 0.0, grad_h)
+        grad_h = tl.where(active, forget(grad_old, cleared), grad_h)
         tl.store(target + step % 2 * slot_size, gradient, mask=mask)
         if BARRIER:
             arrive(counter)
@@ -412,12 +467,14 @@ def backward_persistent(
         active = mask & is_active(time, length)
         y = tl.load(output + offset, mask=active, other=0.0)
         outer = tl.load(grad_output + offset, mask=active, other=0.0)
+        cleared_later = cleared
+        cleared = clears(reset, time, rows, batch, length)
         if BARRIER:
             wait(counter, (step + 1) * tl.num_programs(1))
     tl.store(carried + tile, grad_h, mask=mask)
 
 
-def _padded(weight_hh: Tensor) -> Tensor:
+def squares(weight_hh: Tensor) -> Tensor:
     """The recurrent weights with zeros up to a multiple of 16 rows and columns: rows then start on 16-byte bounds."""
     missing = -weight_hh.shape[0] % 16
     return functional.pad(weight_hh, (0, missing, 0, missing)) if missing else weight_hh.contiguous()
@@ -435,7 +492,7 @@ def forward(
     sequence_length, batch, hidden_size = output.shape
     if output.numel() == 0:
         return h_0.clone()
-    h_0, weight_hh = h_0.contiguous(), _padded(weight_hh)
+    h_0, weight_hh = h_0.contiguous(), squares(weight_hh)
     sizes = batch, hidden_size, weight_hh.shape[0]
     options = {
         "NONLINEARITY": nonlinearity,
@@ -475,7 +532,7 @@ def backward(
     grad_projected = torch.empty_like(output)
     if output.numel() == 0:
         return grad_projected, grad_h_n.clone()
-    grad_output, grad_h_n, weight_hh = grad_output.contiguous(), grad_h_n.contiguous(), _padded(weight_hh)
+    grad_output, grad_h_n, weight_hh = grad_output.contiguous(), grad_h_n.contiguous(), squares(weight_hh)
     sizes = batch, hidden_size, weight_hh.shape[0]
     options = {
         "NONLINEARITY": nonlinearity,

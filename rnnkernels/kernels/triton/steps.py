@@ -10,18 +10,26 @@ batch, and the number of columns.
 import triton
 import triton.language as tl
 
-from rnnkernels.kernels.eager import random
 from rnnkernels.kernels.triton.gru import gate_gradients, new_state, through_reset, through_state
-from rnnkernels.kernels.triton.lstm import cell_state, through_cell_state, through_output
+from rnnkernels.kernels.triton.lstm import activate_gates, through_gates, through_output
+from rnnkernels.kernels.triton.options import (
+    CELL,
+    DRAWN,
+    STATE,
+    as_read,
+    at,
+    factor_of,
+    forget,
+    is_reset,
+    read,
+    through_zoneout,
+    zone_out,
+)
+from rnnkernels.kernels.triton.persistent import load_parts
 from rnnkernels.kernels.triton.pointwise import activate, clip, load_either, sigmoid, tanh, through_activation
-from rnnkernels.kernels.triton.random import dropped
 
-RUNTIME = ("time", "earlier", "earlier_cell", "later", "batch", "key", "zoneout", "zoneout_cell")
+RUNTIME = ("time", "earlier", "earlier_cell", "later", "batch", *DRAWN)
 """Arguments on whose value no kernel is specialized."""
-
-STATE, CELL = tl.constexpr(random.ZONEOUT), tl.constexpr(random.ZONEOUT_CELL)
-"""Streams of the masks of zoneout."""
-
 
 # What all kernels share
 
@@ -32,17 +40,6 @@ def tile_of(batch, size, BLOCK_BATCH: tl.constexpr, BLOCK_HIDDEN: tl.constexpr):
     rows = (tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)).to(tl.int64)[:, None]
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)[None, :]
     return rows, columns, (rows < batch) & (columns < size)
-
-
-@triton.jit
-def at(time, batch, rows):
-    """Rows of a sequence, seen as (sequence_length * batch, size)."""
-    return tl.cast(time, tl.int64) * batch + rows
-
-
-@triton.jit
-def read(pointers, mask):
-    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -58,24 +55,6 @@ def has_ended(lengths, time, rows, batch):
         return tl.zeros_like(rows) != 0
     else:
         return time >= tl.load(lengths + rows, mask=rows < batch, other=0)
-
-
-@triton.jit
-def is_reset(reset, time, rows, batch):
-    """Whether these rows start from a state of zero."""
-    if reset is None:
-        return tl.zeros_like(rows) != 0
-    else:
-        return tl.load(reset + at(time, batch, rows), mask=rows < batch, other=0) != 0
-
-
-@triton.jit
-def factor_of(recurrent_mask, offsets, mask):
-    """What recurrent dropout multiplies the state by."""
-    if recurrent_mask is None:
-        return tl.full(offsets.shape, 1.0, tl.float32)
-    else:
-        return read(recurrent_mask + offsets, mask)
 
 
 @triton.jit
@@ -146,36 +125,6 @@ def through_normalize_pair(grad_r, grad_z, r, z, gain_r, gain_z, size, epsilon, 
 
 
 @triton.jit
-def probability_of(bound):
-    """What a mask drawn with this bound drops: see ``rnnkernels.kernels.triton.random``."""
-    return bound.to(tl.float32) * (1.0 / 4294967296.0)
-
-
-@triton.jit
-def zone_out(old, new, index, key, bound, STREAM: tl.constexpr, ZONEOUT: tl.constexpr):
-    """``old`` where the mask says so, else ``new``; or the expectation of that."""
-    if ZONEOUT == "drawn":
-        return tl.where(dropped(index, key, bound, STREAM), old, new)
-    elif ZONEOUT == "expected":
-        return new + probability_of(bound) * (old - new)
-    else:
-        return new
-
-
-@triton.jit
-def through_zoneout(gradient, index, key, bound, STREAM: tl.constexpr, ZONEOUT: tl.constexpr):
-    """Gradients of the old and of the new state."""
-    if ZONEOUT == "drawn":
-        stays = dropped(index, key, bound, STREAM)
-        return tl.where(stays, gradient, 0.0), tl.where(stays, 0.0, gradient)
-    elif ZONEOUT == "expected":
-        old = probability_of(bound) * gradient
-        return old, gradient - old
-    else:
-        return tl.zeros_like(gradient), gradient
-
-
-@triton.jit
 def state_before(h, h_0, reset, lengths, place, earlier):
     """The state before a step, and what the step starts from: zero after a reset.
 
@@ -188,7 +137,7 @@ def state_before(h, h_0, reset, lengths, place, earlier):
     else:
         first = time == tl.load(lengths + rows, mask=rows < batch, other=0) - 1
         before = load_either(first, h_0 + rows * size + columns, source, mask).to(tl.float32)
-    return before, tl.where(is_reset(reset, time, rows, batch), 0.0, before)
+    return before, forget(before, is_reset(reset, time, rows, batch, rows < batch))
 
 
 @triton.jit
@@ -223,8 +172,8 @@ def settle(
     if following is not None:
         tl.store(following + local, state, mask=mask)
     if recurrent is not None:
-        onward = state.to(tl.float32) * factor_of(recurrent_mask, local, mask)
-        tl.store(recurrent + local, tl.where(is_reset(reset, later, rows, batch), 0.0, onward), mask=mask)
+        cleared = is_reset(reset, later, rows, batch, rows < batch)
+        tl.store(recurrent + local, as_read(state, factor_of(recurrent_mask, local, mask), cleared), mask=mask)
 
 
 @triton.jit
@@ -248,8 +197,8 @@ def arriving(
     time, rows, columns, mask, batch, size = place
     tile = at(time, batch, rows) * size + columns
     local = rows * size + columns
-    product = read(through + local, mask) * factor_of(recurrent_mask, local, mask)
-    arrived = read(beside + local, mask) + tl.where(is_reset(reset, later, rows, batch), 0.0, product)
+    factor, cleared = factor_of(recurrent_mask, local, mask), is_reset(reset, later, rows, batch, rows < batch)
+    arrived = read(beside + local, mask) + as_read(read(through + local, mask), factor, cleared)
     gradient = tl.where(has_ended(lengths, time, rows, batch), 0.0, arrived + read(grad_output + tile, mask))
     grad_old, grad_new = through_zoneout(gradient, tile, key, zoneout, STATE, ZONEOUT)
     return arrived, grad_old, grad_new
@@ -259,7 +208,7 @@ def arriving(
 def leave(following, arrived, grad_old, reset, lengths, place):
     """Keep the gradient that goes on to the state before: in padding, the one that ``arrived``."""
     time, rows, columns, mask, batch, size = place
-    grad_old = tl.where(is_reset(reset, time, rows, batch), 0.0, grad_old)
+    grad_old = forget(grad_old, is_reset(reset, time, rows, batch, rows < batch))
     grad_old = tl.where(has_ended(lengths, time, rows, batch), arrived, grad_old)
     tl.store(following + rows * size + columns, grad_old, mask=mask)
 
@@ -708,7 +657,7 @@ def gru_gates_backward(
     if norm_hh is not None:
         grad_z = read(grad_gates + part + 2 * hidden_size, mask)
         through_gru_gates(grad_r, grad_z, products, norm_hh, grad_products, place, epsilon, ended)
-    onward = tl.where(is_reset(reset, time, rows, batch), 0.0, gradient * r * factor)
+    onward = forget(gradient * r * factor, is_reset(reset, time, rows, batch, rows < batch))
     tl.store(following + local, read(beside + local, mask) + tl.where(ended, 0.0, onward), mask=mask)
 
 
@@ -770,14 +719,10 @@ def lstm_forward(
     g += read(projected + part + 2 * hidden_size, mask)
     o += read(projected + part + 3 * hidden_size, mask)
     before_c, old_c = state_before(c, None, reset, lengths, place, earlier_cell)
+    peepholes = None
     if weight_peephole is not None:
-        i += read(weight_peephole + columns, unit) * old_c
-        f += read(weight_peephole + hidden_size + columns, unit) * old_c
-    i, f, g = sigmoid(i), sigmoid(f), tanh(g)
-    new_c = cell_state(i, f, g, old_c)
-    if weight_peephole is not None:
-        o += read(weight_peephole + 2 * hidden_size + columns, unit) * new_c
-    o = sigmoid(o)
+        peepholes = load_parts(weight_peephole + columns, hidden_size, unit, 3)
+    i, f, g, o, new_c = activate_gates(i, f, g, o, old_c, peepholes)
     write(gates + part, i, ended, mask)
     write(gates + part + hidden_size, f, ended, mask)
     write(gates + part + 2 * hidden_size, g, ended, mask)
@@ -957,15 +902,13 @@ def lstm_backward(
         shown = normalize(new_c, gain, hidden_size, epsilon, mask) + read(norm_cell_bias + columns, unit)
         grad_o, grad_shown = through_output(grad_m, o, tanh(shown), grad_clip)
         grad_new_c += through_normalize(grad_shown, new_c, gain, hidden_size, epsilon, mask)
+    peepholes = None
     if weight_peephole is not None:
-        grad_new_c += grad_o * read(weight_peephole + 2 * hidden_size + columns, unit)
+        peepholes = load_parts(weight_peephole + columns, hidden_size, unit, 3)
     i, f = read(gates + part, mask), read(gates + part + hidden_size, mask)
     g = read(gates + part + 2 * hidden_size, mask)
-    grad_i, grad_f, grad_g = through_cell_state(grad_new_c, i, f, g, old_c, grad_clip)
-    grad_old_c += grad_new_c * f
-    if weight_peephole is not None:
-        grad_old_c += grad_i * read(weight_peephole + columns, unit)
-        grad_old_c += grad_f * read(weight_peephole + hidden_size + columns, unit)
+    grad_i, grad_f, grad_g, through_c = through_gates(grad_new_c, grad_o, i, f, g, old_c, peepholes, grad_clip)
+    grad_old_c += through_c
     leave(following_c, arrived_c, grad_old_c, reset, lengths, place)
     write(grad_gates + part, grad_i, ended, mask)
     write(grad_gates + part + hidden_size, grad_f, ended, mask)
