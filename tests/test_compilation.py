@@ -8,6 +8,7 @@ with all of them.
 import concurrent.futures
 import contextlib
 import itertools
+import math
 import multiprocessing
 import os
 import re
@@ -81,19 +82,20 @@ def persistent_cases():
     """(cell, capability, type, inner_size, tile, hidden_size, (variant, reverse, has lengths)) of the persistent rows.
 
     By default each row is compiled once for an H100, at the worst hidden size that it takes; and of each cell and type
-    the largest tile once more with every option.
+    the largest weights and the largest tile once more with every option.
     """
     from rnnkernels.kernels.triton import dispatch
 
     everything = os.environ.get("RNNKERNELS_COMPILE_ALL") == "1"
     kinds = {"16-bit": ("bfloat16", "float16") if everything else ("bfloat16",), "tf32": ("float32 tf32",)}
     for (cell, multiplication), sizes in dispatch.PERSISTENT.items():
-        for inner_size, tile in ((size, tile) for size, tiles in sizes.items() for tile in tiles):
+        rows = [(size, tile) for size, tiles in sizes.items() for tile in tiles]
+        fit = [row for row in rows if (cell, multiplication, *row) not in dispatch.SPILLS_WITH_OPTIONS]
+        largest = max(fit), max(fit, key=lambda row: (math.prod(row[1]), row[0]))
+        for inner_size, tile in rows:
             worst = inner_size - (not dispatch.needs_aligned_rows(cell, multiplication, inner_size, tile))
             for kind in kinds.get(multiplication, ("float32 ieee",)):
-                spills = (cell, multiplication, inner_size, tile) in dispatch.SPILLS_WITH_OPTIONS
-                largest = inner_size == max(sizes) and tile == list(sizes[inner_size])[-1]
-                with_all = [EVERY] * (not spills and (everything or largest))
+                with_all = [EVERY] * ((inner_size, tile) in (fit if everything else largest))
                 for hidden_size in (worst, inner_size) if everything and worst < inner_size else (worst,):
                     for options in [*(OPTIONS[cell] if everything else [HEAVIEST[cell]]), *with_all]:
                         yield cell, 90, kind, inner_size, tile, hidden_size, options

@@ -51,6 +51,7 @@ SUITES = {
     ),
     "eager": ("tests/test_eager.py", ""),
     "persistent": ("tests/test_persistent.py", "(direction and unsorted) or a_process or (every_size and 129)"),
+    "persistent options": ("tests/test_persistent_options.py", "every_option or lengths_resets or clipped"),
 }
 """What to run: files, and pytest's -k."""
 
@@ -762,13 +763,13 @@ MUTATIONS = [
         "persistent",
         (
             "persistent rnn: one slot for all steps",
-            "tl.store(target + step % 2 * slot_size, h, mask=mask)",
-            "tl.store(target + (step + 1) % 2 * slot_size, h, mask=mask)",
+            "tl.store(target + step % 2 * slot_size, as_read(",
+            "tl.store(target + (step + 1) % 2 * slot_size, as_read(",
         ),
         (
             "persistent rnn: the gradient not carried through the padding",
-            "grad_h = tl.where(active, 0.0, grad_h)\n        tl.store(target",
-            "grad_h = tl.where(active, 0.0, 0.0)\n        tl.store(target",
+            "grad_h = tl.where(active, forget(grad_old, cleared), grad_h)",
+            "grad_h = tl.where(active, forget(grad_old, cleared), 0.0)",
         ),
     ),
     *of(
@@ -776,8 +777,8 @@ MUTATIONS = [
         "persistent",
         (
             "persistent gru: z carries nothing back",
-            "grad_h = tl.where(active, grad_state * z.to(tl.float32), grad_h)",
-            "grad_h = tl.where(active, 0.0, grad_h)",
+            "        grad_old += grad_new * z.to(tl.float32)\n",
+            "",
         ),
         (
             "persistent gru: gates exchanged",
@@ -791,8 +792,8 @@ MUTATIONS = [
         "persistent",
         (
             "persistent lstm: the cell state goes on in the padding",
-            "        h = tl.where(active, new, h)\n        c = tl.where(active, new_c, c)",
-            "        h = tl.where(active, new, h)\n        c = new_c",
+            "        h = tl.where(active, new, h)\n        c = tl.where(active, mixed, c)",
+            "        h = tl.where(active, new, h)\n        c = mixed",
         ),
         (
             "persistent lstm: the initial cell state a step late",
@@ -801,10 +802,49 @@ MUTATIONS = [
         ),
         (
             "persistent lstm: the cell state's gradient in the padding",
-            "grad_c = tl.where(active, onward_c, grad_c)",
-            "grad_c = onward_c",
+            "grad_c = tl.where(active, forget(grad_old_c + onward_c, cleared), grad_c)",
+            "grad_c = forget(grad_old_c + onward_c, cleared)",
         ),
         ("persistent lstm: gates exchanged", "g, o = sum_two(g, o)", "o, g = sum_two(g, o)"),
+    ),
+    *of(
+        "kernels/triton/options.py",
+        "persistent options",
+        ("options: the product reads what is dropped", "forget(state.to(tl.float32) * factor,", "forget(state,"),
+        ("options: nothing forgotten", "return tl.where(cleared, 0.0, state)", "return state"),
+    ),
+    *of(
+        "kernels/triton/general.py",
+        "persistent options",
+        ("options: the first product reads all", "exchange_from(design, read)", "exchange_from(design, h_0)"),
+    ),
+    *of(
+        "kernels/triton/rnn.py",
+        "persistent options",
+        ("options rnn: a reset a step late", "as_read(h, factor, clears_next)", "as_read(h, factor, cleared)"),
+        (
+            "options rnn: unclipped",
+            "gradient = clip(through_activation(grad_new, y.to(tl.float32), NONLINEARITY), grad_clip)",
+            "gradient = through_activation(grad_new, y.to(tl.float32), NONLINEARITY)",
+        ),
+    ),
+    *of(
+        "kernels/triton/gru.py",
+        "persistent options",
+        ("options gru: dropout of z's old state", "new_state(z, n, old)", "new_state(z, n, old * factor)"),
+        ("options gru: the state from the exchange", "        before = state + tile\n", ""),
+        ("options gru: no reset on the way back", "as_read(product, factor, cleared_later)", "product * factor"),
+    ),
+    *of(
+        "kernels/triton/lstm.py",
+        "persistent options",
+        ("options lstm: zoneout before tanh", "computed = new_cells", "computed = cells"),
+        (
+            "options lstm: one mask for both states",
+            "mixed = zone_out(old_c, new_c, offset, key, zoneout_cell, CELL,",
+            "mixed = zone_out(old_c, new_c, offset, key, zoneout_cell, STATE,",
+        ),
+        ("options lstm: no gradient through f's peephole", " + grad_f * peepholes[1]", ""),
     ),
     *of(
         "ops/rnn.py",

@@ -423,7 +423,7 @@ def backward_persistent(
 ):
     """Steps back from ``first_step`` up to ``last_step``; after the last of the sequence, one that only multiplies.
 
-    ``output`` holds what the activation gave. ``carried`` takes the float32 gradient of the state from launch to launch.
+    ``output`` holds what the activation gave; ``carried`` takes the state's float32 gradient from launch to launch.
     """
     rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
