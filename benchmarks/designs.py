@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks import records, runner
 from rnnkernels import _backend
-from rnnkernels.__main__ import LIMITS, OPERATORS, arithmetic, relative_error
+from rnnkernels.__main__ import BY_STEPS, LIMITS, OPERATORS, arithmetic, relative_error
 
 
 def triton_kernels(operator: str) -> ModuleType:
@@ -21,16 +21,20 @@ def triton_kernels(operator: str) -> ModuleType:
 
 @contextlib.contextmanager
 def forced(operator: str, design) -> Iterator[None]:
-    """Let the Triton kernels of an operator run with a design, whatever the dispatch would choose; None: its choice."""
-    kernels = triton_kernels(operator)
-    choose = kernels.choose
-    if design is not None:  # a plain assignment, since this is within what is timed
+    """Let the Triton kernels of an operator run with a design, whatever the dispatch would choose; None: its choice.
+
+    A cell with options runs on the kernels of a step where this is not a persistent design.
+    """
+    kernels, general = triton_kernels(operator), triton_kernels("general")
+    choose, with_options = kernels.choose, general.persistent_design
+    if design is not None:  # plain assignments, since this is within what is timed
         kernels.choose = lambda *_: design
+        general.persistent_design = lambda *_: design if isinstance(design, general.Persistent) else None
     try:
         with _backend.use_backend("triton"):
             yield
     finally:
-        kernels.choose = choose
+        kernels.choose, general.persistent_design = choose, with_options
 
 
 @contextlib.contextmanager
@@ -46,7 +50,11 @@ def designs_for(case: dict, device: torch.device, *batches: int) -> list:
     from rnnkernels.kernels.triton import dispatch
 
     operator, hidden_size, dtype = case["operator"], case["hidden_size"], getattr(torch, case["dtype"])
-    found = dispatch.designs(operator, hidden_size, case["batch"], dtype, device)
+    sizes = operator, hidden_size, case["batch"], dtype, device
+    if case.get("option") is not None:
+        persistent = None if case["option"] in BY_STEPS else dispatch.persistent_design(*sizes)
+        return [*filter(None, [persistent]), dispatch.pointwise(hidden_size, whole_rows=False)]
+    found = dispatch.designs(*sizes)
     return list(dict.fromkeys(found + [dispatch.step_design(operator, hidden_size, batch) for batch in batches]))
 
 

@@ -301,11 +301,10 @@ def kernel_tasks(visit: Visit) -> Iterator[Task]:
     """A comparison for each case and design, and one for each operator with very many elements."""
     for case in parity.cases(visit.rehearsal):
         with runner.precision(case["precision"]):
-            # A cell with an option has kernels of one design, for what is pointwise in it.
-            found = designs.designs_for(case, visit.device) if case["option"] is None else [None]
+            found = designs.designs_for(case, visit.device)
         for design in found:
-            named = "Pointwise" if design is None else str(design)
-            fields = {"name": f"{named} {' '.join(f'{k}={v}' for k, v in case.items())}", **case, "design": named}
+            fields = {"name": f"{design} {' '.join(f'{k}={v}' for k, v in case.items())}", **case}
+            fields["design"] = str(design)
 
             def run(case=case, design=design):
                 with runner.precision(case["precision"]):

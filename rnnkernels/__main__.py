@@ -70,6 +70,10 @@ OPERATORS = {operator: functools.partial(recurrent_arguments, operator) for oper
 Options = tuple[dict[str, Tensor], dict[str, object]]
 
 
+BY_STEPS = ("layer norm", "reset gate first", "projection", "every option")
+"""Options that can't ride along in one launch of all steps, by the names of :func:`options_of`."""
+
+
 def options_of(operator: str, sequence_length: int, batch: int, hidden_size: int) -> dict[str, Options]:
     """What an operator takes beyond ``torch.nn``, by name: weights that an option adds or changes, and arguments."""
     rows, cell = GATES[operator] * hidden_size, (hidden_size,)
@@ -95,11 +99,16 @@ def options_of(operator: str, sequence_length: int, batch: int, hidden_size: int
         size = (hidden_size + 1) // 2
         changed = weights(h_0=(batch, size), weight_hh=(rows, size), weight_hr=(size, hidden_size))
         found["projection"] = {name: (value - 0.5) * size**-0.5 for name, value in changed.items()}, {}
-    every: Options = {}, {}
-    for added, given in found.values():
-        every[0].update(added)
-        every[1].update(given)
-    return {**found, "every option": every}
+    for together, names in (
+        ("all that ride along", [n for n in found if n not in BY_STEPS]),
+        ("every option", [*found]),
+    ):
+        every: Options = {}, {}
+        for name in names:
+            every[0].update(found[name][0])
+            every[1].update(found[name][1])
+        found[together] = every
+    return found
 
 
 def errors(operator: str, arguments: dict[str, Tensor], dtype: torch.dtype, device: torch.device, **options):
@@ -240,12 +249,17 @@ def _recurrence_errors(operator: str, dtype: torch.dtype, device: torch.device) 
     """Relative errors of an operator plain, reversed with lengths, recomputing gates, and with all options."""
     arguments = OPERATORS[operator](sequence_length=9, batch=5, input_size=7, hidden_size=19)
     lengths = torch.tensor([9, 3, 1, 9, 6])
-    weights, options = options_of(operator, sequence_length=9, batch=5, hidden_size=19)["every option"]
+
+    def with_options(name: str) -> tuple[dict, dict]:
+        weights, given = options_of(operator, sequence_length=9, batch=5, hidden_size=19)[name]
+        return arguments | weights, given | {"lengths": lengths}
+
     ways = {
         "": (arguments, {}),
         ", reversed with lengths": (arguments, {"reverse": True, "lengths": lengths}),
         ", gates recomputed": (arguments, {"recompute_gates": True}),
-        WITH_EVERY_OPTION: (arguments | weights, options | {"lengths": lengths}),
+        ", with options in one launch": with_options("all that ride along"),
+        WITH_EVERY_OPTION: with_options("every option"),
     }
     return {
         f"{name}{way}": error

@@ -9,6 +9,7 @@ import torch
 from parity import GATES, arguments, assert_padding_goes_nowhere, assert_parity, drawn, names_of
 
 import rnnkernels as rk
+from rnnkernels import __main__ as report
 
 pytest.importorskip("triton", reason="Triton is not installed: its kernels can't be tested here")
 
@@ -261,23 +262,16 @@ def test_the_same_call_gives_the_same_bits_and_changes_no_argument(forced, kerne
     assert all(map(torch.equal, tensors, before))
 
 
-ELSEWHERE = [
-    ("rnn", {"norm_hh": True}),
-    ("gru", {"norm_hh": True}),
-    ("gru", {"reset_after": False}),
-    ("lstm", {"norm_hh": True}),
-    ("lstm", {"norm_cell_weight": True, "norm_cell_bias": True}),
-    ("lstm", {"state_size": 5}),
-]
-
-
-@pytest.mark.parametrize(("operator", "option"), ELSEWHERE, ids=str)
-def test_what_can_not_ride_along_runs_by_steps(launches, kernel_device, operator, option):
-    for options, expected in (({}, BOTH), (option, [])):
-        tensors, options = drawn(operator, 2, 1, 13, torch.float32, kernel_device, {**options, "zoneout": 0.2})
-        results = getattr(rk.ops, operator)(*tensors, **options)
-        torch.autograd.grad(results[0].sum(), tensors[0])
-        assert launches == expected
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_layer_norm_and_second_products_run_by_steps(launches, kernel_device, operator):
+    for name, (weights, given) in report.options_of(operator, 2, 1, 5).items():
+        tensors = {
+            k: v.float().to(kernel_device) for k, v in (report.OPERATORS[operator](2, 1, 3, 5) | weights).items()
+        }
+        given = {k: v.to(kernel_device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+        tensors["input"].requires_grad_()
+        getattr(rk.ops, operator)(**tensors, **given)[0].sum().backward()
+        assert launches == ([] if name in report.BY_STEPS else BOTH), name
         launches.clear()
 
 

@@ -8,6 +8,10 @@ take as many bytes for the LSTM, more for the others, and a second pass over the
 
 The exchange has two slots, for even and odd steps: who writes a slot again has passed a barrier since all have read it.
 
+Options of a cell that are pointwise ride along: resets, zoneout, recurrent dropout, peepholes, a bound on gradients.
+The exchange then holds the state as the next product reads it, masked by dropout and by the next step's reset, and the
+state itself stays with its program. What needs a whole row or a second product, ``general`` sends elsewhere.
+
 On a CPU, the interpreter compares these kernels with the reference launched step by step, in one program with the
 barrier, and with a process for each program; every tile compiles for its GPUs. None has been timed.
 """

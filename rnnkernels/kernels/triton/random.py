@@ -1,6 +1,6 @@
 """Random masks from the counter-based generator of ``rnnkernels.kernels.eager.random``, bit for bit.
 
-The functions in Triton serve the kernels of ``general``, which draw zoneout where they need it.
+The functions in Triton serve the cells' kernels, which draw zoneout where they need it.
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""The pointwise kernels of a step of any cell with any of its options: what ``general`` launches.
+"""The pointwise kernels of a step of any cell with any of its options, where no launch holds all steps.
 
 Kernels take whole sequences and the time, and find their rows themselves: addresses are then aligned at every step
-alike. Where a tensor is not given, a constant stands for it, so that each equation is written once.
+alike.
 
 A ``place`` is the time; the rows of the batch and the columns of a tile, and where they exist; the size of the
 batch, and the number of columns.
