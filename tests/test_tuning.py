@@ -195,7 +195,8 @@ def test_tiles_that_spill_or_differ_or_do_not_fit_are_out(monkeypatch):
 
 
 def test_a_resident_row_takes_the_shared_memory_that_it_was_seen_to_need(monkeypatch):
-    (tuned,) = [r for r in tuning.rows(227 * 1024) if r.keys == (("lstm", "16-bit"), 128)]
+    keys = ("lstm", "16-bit"), 128
+    (tuned,) = [r for r in tuning.rows(227 * 1024) if r.table == "RESIDENT" and r.keys == keys]
     found = sweep(monkeypatch, tuned, lambda design: design.num_warps, shared=4321)
     assert found["literal"] == "(2, 4321)"
 
