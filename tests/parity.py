@@ -166,6 +166,21 @@ def assert_parity(tensors, tolerance, operator="rnn", **options):
         assert error <= bound, f"{name}: relative error {error:.2e} exceeds {bound:.2e}"
 
 
+def assert_repeatable(operator, tensors, **options):
+    """Hold an operator to the same bits the second time, and to leaving its arguments and cotangents alone."""
+    before = [tensor.detach().clone() for tensor in tensors]
+    runs = []
+    for _ in range(2):
+        results = getattr(rk.ops, operator)(*tensors, **options)
+        torch.manual_seed(1)
+        cotangents = [torch.randn_like(result) for result in results]
+        kept = [cotangent.clone() for cotangent in cotangents]
+        runs.append((*results, *torch.autograd.grad(results, tensors, cotangents)))
+        assert all(map(torch.equal, cotangents, kept))
+    assert all(map(torch.equal, *runs))
+    assert all(map(torch.equal, tensors, before))
+
+
 def assert_padding_goes_nowhere(operator, tensors, large=1e6, **options):
     """Hold an operator to the same bits whatever stands behind the end of a sequence, NaN as well."""
     function, lengths = getattr(rk.ops, operator), torch.tensor([4, 6, 1], device=tensors[0].device)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import squares
 import torch
-from parity import GATES, arguments, assert_padding_goes_nowhere, assert_parity, drawn, names_of
+from parity import GATES, arguments, assert_padding_goes_nowhere, assert_parity, assert_repeatable, drawn, names_of
 
 import rnnkernels as rk
 from rnnkernels import __main__ as report
@@ -249,17 +249,7 @@ def test_what_is_kept_is_finite_in_the_padding(poisoned, forced, kernel_device, 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_the_same_call_gives_the_same_bits_and_changes_no_argument(forced, kernel_device, operator):
     tensors, options = drawn(operator, 3, 3, 13, torch.float32, kernel_device, ALL[operator])
-    before = [tensor.detach().clone() for tensor in tensors]
-    runs = []
-    for _ in range(2):
-        results = getattr(rk.ops, operator)(*tensors, **options)
-        torch.manual_seed(1)
-        cotangents = [torch.randn_like(result) for result in results]
-        kept = [cotangent.clone() for cotangent in cotangents]
-        runs.append((*results, *torch.autograd.grad(results, tensors, cotangents)))
-        assert all(map(torch.equal, cotangents, kept))
-    assert all(map(torch.equal, *runs))
-    assert all(map(torch.equal, tensors, before))
+    assert_repeatable(operator, tensors, **options)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

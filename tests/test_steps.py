@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from parity import GATES, assert_parity, drawn, names_of
+from parity import GATES, assert_parity, assert_repeatable, drawn, names_of
 
 import rnnkernels as rk
 
@@ -127,18 +127,7 @@ def test_both_back_ends_draw_the_same_masks(kernel_device, operator):
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_the_same_call_gives_the_same_bits_and_changes_no_argument(kernel_device, operator):
     tensors, options = drawn(operator, 5, 3, 17, torch.float32, kernel_device, ALL[operator])
-    before = [tensor.detach().clone() for tensor in tensors]
-    runs = []
-    for _ in range(2):
-        results = getattr(rk.ops, operator)(*tensors, **options)
-        torch.manual_seed(1)
-        cotangents = [torch.randn_like(result) for result in results]
-        kept = [cotangent.clone() for cotangent in cotangents]
-        wanted = [tensor for tensor in tensors if tensor is not None]
-        runs.append((*results, *torch.autograd.grad(results, wanted, cotangents)))
-        assert all(map(torch.equal, cotangents, kept))
-    assert all(map(torch.equal, *runs))
-    assert all(map(torch.equal, tensors, before))
+    assert_repeatable(operator, tensors, **options)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
