@@ -45,9 +45,10 @@ ALL = {
 
 def pairs(operator):
     """Pairs of options that do not contradict each other. A bound on gradients has a test of its own."""
-    for one, other in itertools.combinations(OPTIONS[operator], 2):
+    paired = [option for option in OPTIONS[operator] if option not in ({"grad_clip": 0.05}, {"lengths": True})]
+    for one, other in itertools.combinations(paired, 2):
         agree = all(one[name] == other[name] for name in one.keys() & other.keys())
-        if agree and "grad_clip" not in {**one, **other} and not {"training", "seed"} <= one.keys() | other.keys():
+        if agree and not {"training", "seed"} <= one.keys() | other.keys():
             yield {**one, **other}
 
 
@@ -96,7 +97,7 @@ def in_one_launch(monkeypatch):
 
 @pytest.mark.parametrize(("operator", "option"), [(o, option) for o in OPERATORS for option in OPTIONS[o]], ids=str)
 def test_every_option_matches_the_reference(poisoned, forced, kernel_device, operator, option):
-    tensors, options = drawn(operator, 4, 3, 17, torch.float32, kernel_device, option)
+    tensors, options = drawn(operator, 3, 3, 17, torch.float32, kernel_device, option)
     assert_parity(tensors, 5e-6, operator, **options)
     assert forced == BOTH
 
@@ -127,7 +128,7 @@ def test_every_nonlinearity(poisoned, forced, in_one_launch, kernel_device, nonl
 
 @pytest.mark.parametrize(
     ("sequence_length", "batch", "hidden_size", "tile"),
-    [(1, 1, 1, (16, 16)), (3, 17, 33, (16, 16)), (2, 2, 129, (16, 64)), (2, 33, 33, (32, 32))],
+    [(1, 1, 1, (16, 16)), (2, 17, 33, (16, 16)), (2, 2, 129, (16, 64)), (2, 33, 17, (32, 32))],
 )
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_all_together_at_every_size(
@@ -214,7 +215,7 @@ def test_a_process_for_each_program(force, in_one_launch, poisoned, kernel_devic
     if kernel_device.type != "cpu":
         pytest.skip("on a GPU the programs run at once anyway")
     force()
-    tensors, options = drawn(operator, 3, 17, 33, torch.float32, kernel_device, ALL[operator])
+    tensors, options = drawn(operator, 3, 17, 17, torch.float32, kernel_device, ALL[operator])
     with concurrency.processes(late=1.0):
         assert_parity(tensors, 1e-5, operator, **options)
 
