@@ -172,7 +172,8 @@ PERSISTENT = {
     # Tiles of 16 rows come first, the least that tensor cores multiply: 32 rows are twice the work at the product and
     # at the exchange, and let twice the batch in. Then those of 16 units, which share a product among the most
     # programs: with more units groups are smaller, and more of them fit. 8 units are for weights that fit in no other
-    # way. Above the last size nothing fits, or nothing was looked for (rnn, ieee).
+    # way. Above the last size nothing fits, or nothing was looked for (rnn, ieee). Sizes that a resident design holds
+    # are here for cells with options, which it does not take, and for GPUs on which it does not fit.
     ("rnn", "16-bit"): {
         128: {(16, 16): 12288, (16, 32): 24576, (32, 32): 40960},
         256: {(16, 16): 16384, (16, 32): 32768, (32, 32): 49152},
