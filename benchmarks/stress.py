@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks import designs, runner
+from benchmarks import designs, parity, runner
 from rnnkernels.__main__ import LIMITS, OPERATORS, arithmetic, relative_error
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -223,12 +223,18 @@ def fields(check: str, case: dict, design, **more) -> dict:
 
 
 def main() -> int:
-    """Run every design once, on small sizes."""
+    """Run every design once, on small sizes, without options and with them."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _, sizes = sizes_of(device.type == "cpu")
     for case, design in passes(sizes, device):
         with runner.precision(case["precision"]):
             Pass(case, design, device)()
+    with_options = {"option": "all that ride along", "nonlinearity": None, "reverse": True, "lengths": True}
+    for size, operator in itertools.product(sizes, OPERATORS):
+        case = {**size, **with_options, "operator": operator}
+        for design in designs.designs_for(case, device):
+            with runner.precision(case["precision"]):
+                parity.compare(case, design, device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return 0
