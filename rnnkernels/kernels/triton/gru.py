@@ -29,13 +29,14 @@ from rnnkernels.kernels.triton.launch import (
 )
 from rnnkernels.kernels.triton.options import STATE, as_read, factor_of, forget, through_zoneout, zone_out
 from rnnkernels.kernels.triton.persistent import (
-    COUNTER_STRIDE,
     clears,
+    counter_of,
     empty_exchange,
     exchange_from,
     exchange_places,
     is_active,
     is_first,
+    lane_and_direction,
     launch,
     length_of,
     load_parts,
@@ -95,6 +96,7 @@ def forward_resident(
     BLOCK_BATCH: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
 ):
+    lane, reverse = lane_and_direction(REVERSE)
     rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     columns = tl.arange(0, BLOCK_HIDDEN)
     mask = (rows < batch)[:, None] & (columns < hidden_size)[None, :]
@@ -102,25 +104,26 @@ def forward_resident(
     tile = row_offset + columns[None, :]
     parts = gates + row_offset * 4 + columns[None, :]
     square = (columns < weight_size)[:, None] & (columns < weight_size)[None, :]
-    weights = weight_hh + columns[:, None] * weight_size + columns[None, :]
     matrix = weight_size * weight_size
+    weights = weight_hh + 3 * lane * matrix + columns[:, None] * weight_size + columns[None, :]
     # Transposed: row k, column n holds the weight from unit k to unit n.
     weight_r = tl.load(weights, mask=square, other=0.0).T
     weight_z = tl.load(weights + matrix, mask=square, other=0.0).T
     weight_n = tl.load(weights + 2 * matrix, mask=square, other=0.0).T
     bias = tl.zeros((BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
     if HAS_BIAS:
+        bias_n += lane * hidden_size
         bias += tl.load(bias_n + columns, mask=columns < hidden_size, other=0.0).to(tl.float32)[None, :]
-    h = tl.load(h_0 + tile, mask=mask, other=0.0)
+    stride = tl.cast(batch, tl.int64) * hidden_size
+    of_lane = tile + lane * stride
+    h = tl.load(h_0 + of_lane, mask=mask, other=0.0)
     if HAS_LENGTHS:
         length = tl.load(lengths + rows, mask=rows < batch, other=0)[:, None]
 
-    stride = tl.cast(batch, tl.int64) * hidden_size
-    states = output + tile
-    if REVERSE:
-        states += (sequence_length - 1) * stride
-        parts += (sequence_length - 1) * stride * 4
-        stride = -stride
+    start = (lane * sequence_length + time_of(0, sequence_length, reverse)) * stride
+    states = output + tile + start
+    parts += start * 4
+    stride = tl.where(reverse, -stride, stride)
     r_ahead = tl.load(parts + hidden_size, mask=mask, other=0.0)
     z_ahead = tl.load(parts + 2 * hidden_size, mask=mask, other=0.0)
     n_ahead = tl.load(parts + 3 * hidden_size, mask=mask, other=0.0)
@@ -143,10 +146,7 @@ def forward_resident(
         tl.store(parts + 2 * hidden_size, z, mask=mask)
         tl.store(parts + 3 * hidden_size, n, mask=mask)
         if HAS_LENGTHS:
-            if REVERSE:
-                active = sequence_length - 1 - step < length
-            else:
-                active = step < length
+            active = time_of(step, sequence_length, reverse) < length
             h = tl.where(active, new, h)
             tl.store(states, tl.where(active, new, 0.0), mask=mask)
         else:
@@ -154,7 +154,7 @@ def forward_resident(
             tl.store(states, new, mask=mask)
         states += stride
         parts = following
-    tl.store(h_n + tile, h, mask=mask)
+    tl.store(h_n + of_lane, h, mask=mask)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -178,6 +178,7 @@ def backward_resident(
     BLOCK_BATCH: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
 ):
+    lane, reverse = lane_and_direction(REVERSE)
     rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     columns = tl.arange(0, BLOCK_HIDDEN)
     mask = (rows < batch)[:, None] & (columns < hidden_size)[None, :]
@@ -185,22 +186,22 @@ def backward_resident(
     tile = row_offset + columns[None, :]
     part = row_offset * 4 + columns[None, :]
     square = (columns < weight_size)[:, None] & (columns < weight_size)[None, :]
-    weights = weight_hh + columns[:, None] * weight_size + columns[None, :]
     matrix = weight_size * weight_size
+    weights = weight_hh + 3 * lane * matrix + columns[:, None] * weight_size + columns[None, :]
     weight_r = tl.load(weights, mask=square, other=0.0)
     weight_z = tl.load(weights + matrix, mask=square, other=0.0)
     weight_n = tl.load(weights + 2 * matrix, mask=square, other=0.0)
-    carried = tl.load(grad_h_n + tile, mask=mask, other=0.0).to(tl.float32)
+    stride = tl.cast(batch, tl.int64) * hidden_size
+    of_lane = tile + lane * stride
+    carried = tl.load(grad_h_n + of_lane, mask=mask, other=0.0).to(tl.float32)
     if HAS_LENGTHS:
         length = tl.load(lengths + rows, mask=rows < batch, other=0)[:, None]
 
     # The steps run against the order of the forward pass.
-    stride = tl.cast(batch, tl.int64) * hidden_size
-    offset = tile
-    if not REVERSE:
-        offset += (sequence_length - 1) * stride
-        part += (sequence_length - 1) * stride * 4
-        stride = -stride
+    start = (lane * sequence_length + time_of(sequence_length - 1, sequence_length, reverse)) * stride
+    offset = tile + start
+    part += start * 4
+    stride = tl.where(reverse, stride, -stride)
     zero = tl.zeros_like(rows)[:, None]
     last = sequence_length - 1
     hn_ahead = tl.load(gates + part, mask=mask, other=0.0)
@@ -209,9 +210,9 @@ def backward_resident(
     n_ahead = tl.load(gates + part + 3 * hidden_size, mask=mask, other=0.0)
     outer_ahead = tl.load(grad_output + offset, mask=mask, other=0.0)
     first = zero >= last
-    if HAS_LENGTHS and REVERSE:
-        first = zero >= length - 1
-    previous_ahead = load_either(first, h_0 + tile, output + offset + stride, mask)
+    if HAS_LENGTHS:
+        first = zero >= tl.where(reverse, length - 1, last)
+    previous_ahead = load_either(first, h_0 + of_lane, output + offset + stride, mask)
     for step in range(sequence_length):
         hn, r = hn_ahead.to(tl.float32), r_ahead.to(tl.float32)
         z, n = z_ahead.to(tl.float32), n_ahead.to(tl.float32)
@@ -226,12 +227,9 @@ def backward_resident(
         outer_ahead = tl.load(grad_output + offset + stride, mask=more, other=0.0)
         first = zero >= last - 1 - step
         if HAS_LENGTHS:
-            if REVERSE:
-                active = step < length
-                first = zero + step >= length - 2
-            else:
-                active = last - step < length
-        previous_ahead = load_either(first, h_0 + tile, output + offset + 2 * stride, more)
+            active = time_of(last - step, sequence_length, reverse) < length
+            first = zero + step >= tl.where(reverse, length - 1, last) - 1
+        previous_ahead = load_either(first, h_0 + of_lane, output + offset + 2 * stride, more)
         grad_state = carried + outer
         grad_hn, grad_r, grad_z, grad_n = gate_gradients(grad_state, hn, r, z, n, previous, float("inf"))
         if HAS_LENGTHS:
@@ -252,7 +250,7 @@ def backward_resident(
             carried = onward
         offset += stride
         part += stride * 4
-    tl.store(grad_h_0 + tile, carried, mask=mask)
+    tl.store(grad_h_0 + of_lane, carried, mask=mask)
 
 
 @triton.jit(do_not_specialize=STEP)
@@ -442,28 +440,32 @@ def forward_persistent(
 
     With options, ``projected`` holds the projected input, and ``state`` takes the state from launch to launch.
     """
+    lane, reverse = lane_and_direction(REVERSE)
     rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
-    counter = counters + tl.program_id(0) * COUNTER_STRIDE
+    counter = counter_of(counters, lane)
     mask = (rows < batch)[:, None] & (columns < hidden_size)[None, :]
     length = length_of(lengths, rows, batch, sequence_length, HAS_LENGTHS)
     row_offset = rows.to(tl.int64)[:, None] * hidden_size
     tile = row_offset + columns[None, :]
     matrix = weight_size * weight_size
+    weight_hh += 3 * lane * matrix
     weight_r = load_weights(weight_hh, columns, weight_size, 1, weight_size, SPLITS, BLOCK_INNER, CHUNKS)
     weight_z = load_weights(weight_hh + matrix, columns, weight_size, 1, weight_size, SPLITS, BLOCK_INNER, CHUNKS)
     weight_n = load_weights(weight_hh + 2 * matrix, columns, weight_size, 1, weight_size, SPLITS, BLOCK_INNER, CHUNKS)
-    source, target, slot_size = exchange_places(exchange, rows, columns, 1, BLOCK_BATCH, BLOCK_INNER, CHUNKS, SPLITS)
+    source, target, slot_size = exchange_places(
+        exchange, rows, columns, 1, BLOCK_BATCH, BLOCK_INNER, CHUNKS, SPLITS, lane
+    )
     nothing = tl.zeros((SPLITS, BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
     factor = factor_of(recurrent_mask, tile, mask)
     bias = tl.zeros((BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
     if HAS_BIAS:
+        bias_n += lane * hidden_size
         bias += tl.load(bias_n + columns, mask=columns < hidden_size, other=0.0).to(tl.float32)[None, :]
 
     stride = tl.cast(batch, tl.int64) * hidden_size
-    start = time_of(first_step, sequence_length, REVERSE) * stride
-    if REVERSE:
-        stride = -stride
+    start = (lane * sequence_length + time_of(first_step, sequence_length, reverse)) * stride
+    stride = tl.where(reverse, -stride, stride)
     offset = tile + start
     parts = gates + row_offset * 4 + columns[None, :] + start * 4
     zero = tl.zeros_like(mask.to(tl.int32))
@@ -471,11 +473,11 @@ def forward_persistent(
     before = target + (first_step + 1) % 2 * slot_size
     if projected is not None:
         given = projected + row_offset * 3 + columns[None, :] + start * 3
-        within = mask & is_active(time_of(first_step, sequence_length, REVERSE), length)
+        within = mask & is_active(time_of(first_step, sequence_length, reverse), length)
         before = state + tile
     h = tl.load(before, mask=mask, other=0.0)
-    cleared = clears(reset, time_of(first_step, sequence_length, REVERSE), rows, batch, length)
-    clears_next = clears(reset, time_of(first_step + 1, sequence_length, REVERSE), rows, batch, length)
+    cleared = clears(reset, time_of(first_step, sequence_length, reverse), rows, batch, length)
+    clears_next = clears(reset, time_of(first_step + 1, sequence_length, reverse), rows, batch, length)
     projected_r, projected_z, projected_n = load_parts(given, hidden_size, within, 3)
     for step in range(first_step, last_step):
         r, z, hn = nothing, nothing, nothing
@@ -495,7 +497,7 @@ def forward_persistent(
         n = tanh(projected_n.to(tl.float32) + r * hn)
         old = forget(h.to(tl.float32), cleared)
         new = zone_out(old, new_state(z, n, old), offset, key, zoneout, STATE, ZONEOUT).to(h.dtype)
-        active = is_active(time_of(step, sequence_length, REVERSE), length)
+        active = is_active(time_of(step, sequence_length, reverse), length)
         h = tl.where(active, new, h)
         tl.store(target + step % 2 * slot_size, as_read(h, factor, clears_next), mask=mask)
         if BARRIER:
@@ -510,10 +512,10 @@ def forward_persistent(
             given = parts + hidden_size
         else:
             given += stride * 3
-            more = more & is_active(time_of(step + 1, sequence_length, REVERSE), length)
+            more = more & is_active(time_of(step + 1, sequence_length, reverse), length)
         projected_r, projected_z, projected_n = load_parts(given, hidden_size, more, 3)
         cleared = clears_next
-        clears_next = clears(reset, time_of(step + 2, sequence_length, REVERSE), rows, batch, length)
+        clears_next = clears(reset, time_of(step + 2, sequence_length, reverse), rows, batch, length)
         if BARRIER:
             wait(counter, (step + 1) * tl.num_programs(1))
     if state is not None:
@@ -558,36 +560,41 @@ def backward_persistent(
 
     ``carried`` takes the float32 gradient of the state from launch to launch.
     """
+    lane, reverse = lane_and_direction(REVERSE)
     rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
-    counter = counters + tl.program_id(0) * COUNTER_STRIDE
+    counter = counter_of(counters, lane)
     mask = (rows < batch)[:, None] & (columns < hidden_size)[None, :]
     length = length_of(lengths, rows, batch, sequence_length, HAS_LENGTHS)
     row_offset = rows.to(tl.int64)[:, None] * hidden_size
     tile = row_offset + columns[None, :]
     matrix = weight_size * weight_size
+    weight_hh += 3 * lane * matrix
     # In the order of the first three parts: W_hn h, r, z.
     weights = load_weights(weight_hh + 2 * matrix, columns, weight_size, weight_size, 1, SPLITS, BLOCK_INNER, CHUNKS)
     weights += load_weights(weight_hh, columns, weight_size, weight_size, 1, SPLITS, BLOCK_INNER, CHUNKS)
     weights += load_weights(weight_hh + matrix, columns, weight_size, weight_size, 1, SPLITS, BLOCK_INNER, CHUNKS)
-    source, target, slot_size = exchange_places(exchange, rows, columns, 3, BLOCK_BATCH, BLOCK_INNER, CHUNKS, SPLITS)
+    source, target, slot_size = exchange_places(
+        exchange, rows, columns, 3, BLOCK_BATCH, BLOCK_INNER, CHUNKS, SPLITS, lane
+    )
     nothing = tl.zeros((SPLITS, BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
+    stride = tl.cast(batch, tl.int64) * hidden_size
+    carried, h_0 = carried + lane * stride, h_0 + lane * stride
     factor = factor_of(recurrent_mask, tile, mask)
     grad_h = tl.load(carried + tile, mask=mask, other=0.0)
 
     # The steps run against the order of the forward pass.
-    stride = tl.cast(batch, tl.int64) * hidden_size
-    time = time_of(first_step, sequence_length, not REVERSE)
-    offset = tile + time * stride
-    part = row_offset * 4 + columns[None, :] + time * stride * 4
-    if not REVERSE:
-        stride = -stride
+    time = time_of(sequence_length - 1 - first_step, sequence_length, reverse)
+    start = (lane * sequence_length + time) * stride
+    offset = tile + start
+    part = row_offset * 4 + columns[None, :] + start * 4
+    stride = tl.where(reverse, stride, -stride)
     active = mask & is_active(time, length)
     cleared = clears(reset, time, rows, batch, length)
-    cleared_later = clears(reset, time_of(first_step - 1, sequence_length, not REVERSE), rows, batch, length)
+    cleared_later = clears(reset, time_of(sequence_length - first_step, sequence_length, reverse), rows, batch, length)
     hn, r, z, n = load_parts(gates + part, hidden_size, active, 4)
     outer = tl.load(grad_output + offset, mask=active, other=0.0)
-    previous = load_either(is_first(time, length, REVERSE), h_0 + tile, output + offset + stride, active)
+    previous = load_either(is_first(time, length, reverse), h_0 + tile, output + offset + stride, active)
     for step in range(first_step, last_step):
         product = multiply(source + (step + 1) % 2 * slot_size, weights, nothing, BLOCK_INNER, PRECISION)
         grad_h += as_read(product, factor, cleared_later)
@@ -617,11 +624,11 @@ def backward_persistent(
         store_parts(grad_gates + part, hidden_size, (grad_hn, grad_r, grad_z, grad_n), within)
         offset += stride
         part += stride * 4
-        time = time_of(step + 1, sequence_length, not REVERSE)
+        time = time_of(sequence_length - 2 - step, sequence_length, reverse)
         active = mask & is_active(time, length)
         hn, r, z, n = load_parts(gates + part, hidden_size, active, 4)
         outer = tl.load(grad_output + offset, mask=active, other=0.0)
-        previous = load_either(is_first(time, length, REVERSE), h_0 + tile, output + offset + stride, active)
+        previous = load_either(is_first(time, length, reverse), h_0 + tile, output + offset + stride, active)
         cleared_later = cleared
         cleared = clears(reset, time, rows, batch, length)
         if BARRIER:

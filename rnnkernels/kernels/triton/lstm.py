@@ -30,12 +30,13 @@ from rnnkernels.kernels.triton.launch import (
 )
 from rnnkernels.kernels.triton.options import CELL, STATE, as_read, factor_of, forget, through_zoneout, zone_out
 from rnnkernels.kernels.triton.persistent import (
-    COUNTER_STRIDE,
     clears,
+    counter_of,
     empty_exchange,
     exchange_from,
     exchange_places,
     is_active,
+    lane_and_direction,
     launch,
     length_of,
     load_parts,
@@ -124,6 +125,7 @@ def forward_resident(
     BLOCK_BATCH: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
 ):
+    lane, reverse = lane_and_direction(REVERSE)
     rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     columns = tl.arange(0, BLOCK_HIDDEN)
     mask = (rows < batch)[:, None] & (columns < hidden_size)[None, :]
@@ -131,24 +133,24 @@ def forward_resident(
     tile = row_offset + columns[None, :]
     parts = gates + row_offset * 4 + columns[None, :]
     square = (columns < weight_size)[:, None] & (columns < weight_size)[None, :]
-    weights = weight_hh + columns[:, None] * weight_size + columns[None, :]
     matrix = weight_size * weight_size
+    weights = weight_hh + 4 * lane * matrix + columns[:, None] * weight_size + columns[None, :]
     # Transposed: row k, column n holds the weight from unit k to unit n.
     weight_i = tl.load(weights, mask=square, other=0.0).T
     weight_f = tl.load(weights + matrix, mask=square, other=0.0).T
     weight_g = tl.load(weights + 2 * matrix, mask=square, other=0.0).T
     weight_o = tl.load(weights + 3 * matrix, mask=square, other=0.0).T
-    h = tl.load(h_0 + tile, mask=mask, other=0.0)
-    c = tl.load(c_0 + tile, mask=mask, other=0.0).to(tl.float32)
+    stride = tl.cast(batch, tl.int64) * hidden_size
+    of_lane = tile + lane * stride
+    h = tl.load(h_0 + of_lane, mask=mask, other=0.0)
+    c = tl.load(c_0 + of_lane, mask=mask, other=0.0).to(tl.float32)
     if HAS_LENGTHS:
         length = tl.load(lengths + rows, mask=rows < batch, other=0)[:, None]
 
-    stride = tl.cast(batch, tl.int64) * hidden_size
-    offset = tile
-    if REVERSE:
-        offset += (sequence_length - 1) * stride
-        parts += (sequence_length - 1) * stride * 4
-        stride = -stride
+    start = (lane * sequence_length + time_of(0, sequence_length, reverse)) * stride
+    offset = tile + start
+    parts += start * 4
+    stride = tl.where(reverse, -stride, stride)
     i_ahead = tl.load(parts, mask=mask, other=0.0)
     f_ahead = tl.load(parts + hidden_size, mask=mask, other=0.0)
     g_ahead = tl.load(parts + 2 * hidden_size, mask=mask, other=0.0)
@@ -174,10 +176,7 @@ def forward_resident(
         tl.store(parts + 2 * hidden_size, g, mask=mask)
         tl.store(parts + 3 * hidden_size, o, mask=mask)
         if HAS_LENGTHS:
-            if REVERSE:
-                active = sequence_length - 1 - step < length
-            else:
-                active = step < length
+            active = time_of(step, sequence_length, reverse) < length
             h = tl.where(active, new, h)
             c = tl.where(active, new_c, c)
             tl.store(output + offset, tl.where(active, new, 0.0), mask=mask)
@@ -188,8 +187,8 @@ def forward_resident(
         tl.store(cells + offset, c, mask=mask)
         offset += stride
         parts = following
-    tl.store(h_n + tile, h, mask=mask)
-    tl.store(c_n + tile, c, mask=mask)
+    tl.store(h_n + of_lane, h, mask=mask)
+    tl.store(c_n + of_lane, c, mask=mask)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -215,6 +214,7 @@ def backward_resident(
     BLOCK_BATCH: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
 ):
+    lane, reverse = lane_and_direction(REVERSE)
     rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     columns = tl.arange(0, BLOCK_HIDDEN)
     mask = (rows < batch)[:, None] & (columns < hidden_size)[None, :]
@@ -222,24 +222,24 @@ def backward_resident(
     tile = row_offset + columns[None, :]
     part = row_offset * 4 + columns[None, :]
     square = (columns < weight_size)[:, None] & (columns < weight_size)[None, :]
-    weights = weight_hh + columns[:, None] * weight_size + columns[None, :]
     matrix = weight_size * weight_size
+    weights = weight_hh + 4 * lane * matrix + columns[:, None] * weight_size + columns[None, :]
     weight_i = tl.load(weights, mask=square, other=0.0)
     weight_f = tl.load(weights + matrix, mask=square, other=0.0)
     weight_g = tl.load(weights + 2 * matrix, mask=square, other=0.0)
     weight_o = tl.load(weights + 3 * matrix, mask=square, other=0.0)
-    carried_h = tl.load(grad_h_n + tile, mask=mask, other=0.0).to(tl.float32)
-    carried_c = tl.load(grad_c_n + tile, mask=mask, other=0.0).to(tl.float32)
+    stride = tl.cast(batch, tl.int64) * hidden_size
+    of_lane = tile + lane * stride
+    carried_h = tl.load(grad_h_n + of_lane, mask=mask, other=0.0).to(tl.float32)
+    carried_c = tl.load(grad_c_n + of_lane, mask=mask, other=0.0).to(tl.float32)
     if HAS_LENGTHS:
         length = tl.load(lengths + rows, mask=rows < batch, other=0)[:, None]
 
     # The steps run against the order of the forward pass.
-    stride = tl.cast(batch, tl.int64) * hidden_size
-    offset = tile
-    if not REVERSE:
-        offset += (sequence_length - 1) * stride
-        part += (sequence_length - 1) * stride * 4
-        stride = -stride
+    start = (lane * sequence_length + time_of(sequence_length - 1, sequence_length, reverse)) * stride
+    offset = tile + start
+    part += start * 4
+    stride = tl.where(reverse, stride, -stride)
     c = tl.load(cells + offset, mask=mask, other=0.0)
     i_ahead = tl.load(gates + part, mask=mask, other=0.0)
     f_ahead = tl.load(gates + part + hidden_size, mask=mask, other=0.0)
@@ -247,7 +247,7 @@ def backward_resident(
     o_ahead = tl.load(gates + part + 3 * hidden_size, mask=mask, other=0.0)
     outer_ahead = tl.load(grad_output + offset, mask=mask, other=0.0)
     zero = tl.zeros_like(mask.to(tl.int32))
-    previous_ahead = load_either(zero >= sequence_length - 1, c_0 + tile, cells + offset + stride, mask)
+    previous_ahead = load_either(zero >= sequence_length - 1, c_0 + of_lane, cells + offset + stride, mask)
     for step in range(sequence_length):
         i, f, g, o = i_ahead.to(tl.float32), f_ahead.to(tl.float32), g_ahead.to(tl.float32), o_ahead.to(tl.float32)
         outer, previous = outer_ahead.to(tl.float32), previous_ahead
@@ -260,13 +260,10 @@ def backward_resident(
         o_ahead = tl.load(following + 3 * hidden_size, mask=more, other=0.0)
         outer_ahead = tl.load(grad_output + offset + stride, mask=more, other=0.0)
         first = zero >= sequence_length - 2 - step
-        previous_ahead = load_either(first, c_0 + tile, cells + offset + 2 * stride, more)
+        previous_ahead = load_either(first, c_0 + of_lane, cells + offset + 2 * stride, more)
         grad_i, grad_f, grad_g, grad_o, onward_c = gate_gradients(carried_h + outer, carried_c, i, f, g, o, previous, c)
         if HAS_LENGTHS:
-            if REVERSE:
-                active = step < length
-            else:
-                active = sequence_length - 1 - step < length
+            active = time_of(sequence_length - 1 - step, sequence_length, reverse) < length
             grad_i = tl.where(active, grad_i, 0.0)
             grad_f = tl.where(active, grad_f, 0.0)
             grad_g = tl.where(active, grad_g, 0.0)
@@ -288,8 +285,8 @@ def backward_resident(
         c = previous
         offset += stride
         part += stride * 4
-    tl.store(grad_h_0 + tile, carried_h, mask=mask)
-    tl.store(grad_c_0 + tile, carried_c, mask=mask)
+    tl.store(grad_h_0 + of_lane, carried_h, mask=mask)
+    tl.store(grad_c_0 + of_lane, carried_c, mask=mask)
 
 
 @triton.jit(do_not_specialize=STEP)
@@ -491,19 +488,23 @@ def forward_persistent(
 
     With options, ``projected`` holds the projected input, and ``state`` takes the state from launch to launch.
     """
+    lane, reverse = lane_and_direction(REVERSE)
     rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
-    counter = counters + tl.program_id(0) * COUNTER_STRIDE
+    counter = counter_of(counters, lane)
     mask = (rows < batch)[:, None] & (columns < hidden_size)[None, :]
     length = length_of(lengths, rows, batch, sequence_length, HAS_LENGTHS)
     row_offset = rows.to(tl.int64)[:, None] * hidden_size
     tile = row_offset + columns[None, :]
     matrix = weight_size * weight_size
+    weight_hh += 4 * lane * matrix
     weight_i = load_weights(weight_hh, columns, weight_size, 1, weight_size, SPLITS, BLOCK_INNER, CHUNKS)
     weight_f = load_weights(weight_hh + matrix, columns, weight_size, 1, weight_size, SPLITS, BLOCK_INNER, CHUNKS)
     weight_g = load_weights(weight_hh + 2 * matrix, columns, weight_size, 1, weight_size, SPLITS, BLOCK_INNER, CHUNKS)
     weight_o = load_weights(weight_hh + 3 * matrix, columns, weight_size, 1, weight_size, SPLITS, BLOCK_INNER, CHUNKS)
-    source, target, slot_size = exchange_places(exchange, rows, columns, 1, BLOCK_BATCH, BLOCK_INNER, CHUNKS, SPLITS)
+    source, target, slot_size = exchange_places(
+        exchange, rows, columns, 1, BLOCK_BATCH, BLOCK_INNER, CHUNKS, SPLITS, lane
+    )
     nothing = tl.zeros((SPLITS, BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
     factor = factor_of(recurrent_mask, tile, mask)
     peepholes = None
@@ -512,9 +513,9 @@ def forward_persistent(
         peepholes = load_parts(weight_peephole + unit, hidden_size, unit < hidden_size, 3)
 
     stride = tl.cast(batch, tl.int64) * hidden_size
-    start = time_of(first_step, sequence_length, REVERSE) * stride
-    if REVERSE:
-        stride = -stride
+    c_0 += lane * stride
+    start = (lane * sequence_length + time_of(first_step, sequence_length, reverse)) * stride
+    stride = tl.where(reverse, -stride, stride)
     offset = tile + start
     parts = gates + row_offset * 4 + columns[None, :] + start * 4
     zero = tl.zeros_like(mask.to(tl.int32))
@@ -522,12 +523,12 @@ def forward_persistent(
     before = target + (first_step + 1) % 2 * slot_size
     if projected is not None:
         given = projected + row_offset * 4 + columns[None, :] + start * 4
-        within = mask & is_active(time_of(first_step, sequence_length, REVERSE), length)
+        within = mask & is_active(time_of(first_step, sequence_length, reverse), length)
         before = state + tile
     h = tl.load(before, mask=mask, other=0.0)
     c = load_either(zero == first_step, c_0 + tile, cells + offset - stride, mask)
-    cleared = clears(reset, time_of(first_step, sequence_length, REVERSE), rows, batch, length)
-    clears_next = clears(reset, time_of(first_step + 1, sequence_length, REVERSE), rows, batch, length)
+    cleared = clears(reset, time_of(first_step, sequence_length, reverse), rows, batch, length)
+    clears_next = clears(reset, time_of(first_step + 1, sequence_length, reverse), rows, batch, length)
     projected_i, projected_f, projected_g, projected_o = load_parts(given, hidden_size, within, 4)
     for step in range(first_step, last_step):
         i, f, g, o = nothing, nothing, nothing, nothing
@@ -550,7 +551,7 @@ def forward_persistent(
         i, f, g, o, new_c = activate_gates(i, f, g, o, old_c, peepholes)
         new = zone_out(old, o * tanh(new_c), offset, key, zoneout, STATE, ZONEOUT).to(h.dtype)
         mixed = zone_out(old_c, new_c, offset, key, zoneout_cell, CELL, ZONEOUT_CELL)
-        active = is_active(time_of(step, sequence_length, REVERSE), length)
+        active = is_active(time_of(step, sequence_length, reverse), length)
         h = tl.where(active, new, h)
         c = tl.where(active, mixed, c)
         tl.store(target + step % 2 * slot_size, as_read(h, factor, clears_next), mask=mask)
@@ -569,10 +570,10 @@ def forward_persistent(
             given = parts
         else:
             given += stride * 4
-            more = more & is_active(time_of(step + 1, sequence_length, REVERSE), length)
+            more = more & is_active(time_of(step + 1, sequence_length, reverse), length)
         projected_i, projected_f, projected_g, projected_o = load_parts(given, hidden_size, more, 4)
         cleared = clears_next
-        clears_next = clears(reset, time_of(step + 2, sequence_length, REVERSE), rows, batch, length)
+        clears_next = clears(reset, time_of(step + 2, sequence_length, reverse), rows, batch, length)
         if BARRIER:
             wait(counter, (step + 1) * tl.num_programs(1))
     if state is not None:
@@ -622,20 +623,26 @@ def backward_persistent(
 
     ``carried_h`` and ``carried_c`` take the float32 gradients of the states from launch to launch.
     """
+    lane, reverse = lane_and_direction(REVERSE)
     rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
-    counter = counters + tl.program_id(0) * COUNTER_STRIDE
+    counter = counter_of(counters, lane)
     mask = (rows < batch)[:, None] & (columns < hidden_size)[None, :]
     length = length_of(lengths, rows, batch, sequence_length, HAS_LENGTHS)
     row_offset = rows.to(tl.int64)[:, None] * hidden_size
     tile = row_offset + columns[None, :]
     matrix = weight_size * weight_size
+    weight_hh += 4 * lane * matrix
     weights = load_weights(weight_hh, columns, weight_size, weight_size, 1, SPLITS, BLOCK_INNER, CHUNKS)
     weights += load_weights(weight_hh + matrix, columns, weight_size, weight_size, 1, SPLITS, BLOCK_INNER, CHUNKS)
     weights += load_weights(weight_hh + 2 * matrix, columns, weight_size, weight_size, 1, SPLITS, BLOCK_INNER, CHUNKS)
     weights += load_weights(weight_hh + 3 * matrix, columns, weight_size, weight_size, 1, SPLITS, BLOCK_INNER, CHUNKS)
-    source, target, slot_size = exchange_places(exchange, rows, columns, 4, BLOCK_BATCH, BLOCK_INNER, CHUNKS, SPLITS)
+    source, target, slot_size = exchange_places(
+        exchange, rows, columns, 4, BLOCK_BATCH, BLOCK_INNER, CHUNKS, SPLITS, lane
+    )
     nothing = tl.zeros((SPLITS, BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
+    stride = tl.cast(batch, tl.int64) * hidden_size
+    carried_h, carried_c, c_0 = carried_h + lane * stride, carried_c + lane * stride, c_0 + lane * stride
     factor = factor_of(recurrent_mask, tile, mask)
     peepholes = None
     if weight_peephole is not None:
@@ -648,16 +655,15 @@ def backward_persistent(
     grad_c = tl.load(carried_c + tile, mask=mask, other=0.0)
 
     # The steps run against the order of the forward pass.
-    stride = tl.cast(batch, tl.int64) * hidden_size
-    time = time_of(first_step, sequence_length, not REVERSE)
-    offset = tile + time * stride
-    part = row_offset * 4 + columns[None, :] + time * stride * 4
-    if not REVERSE:
-        stride = -stride
+    time = time_of(sequence_length - 1 - first_step, sequence_length, reverse)
+    start = (lane * sequence_length + time) * stride
+    offset = tile + start
+    part = row_offset * 4 + columns[None, :] + start * 4
+    stride = tl.where(reverse, stride, -stride)
     zero = tl.zeros_like(mask.to(tl.int32))
     active = mask & is_active(time, length)
     cleared = clears(reset, time, rows, batch, length)
-    cleared_later = clears(reset, time_of(first_step - 1, sequence_length, not REVERSE), rows, batch, length)
+    cleared_later = clears(reset, time_of(sequence_length - first_step, sequence_length, reverse), rows, batch, length)
     i, f, g, o = load_parts(gates + part, hidden_size, active, 4)
     outer = tl.load(grad_output + offset, mask=active, other=0.0)
     c = tl.load(computed + offset, mask=active, other=0.0)
@@ -695,7 +701,7 @@ def backward_persistent(
         store_parts(grad_gates + part, hidden_size, gradients, within)
         offset += stride
         part += stride * 4
-        time = time_of(step + 1, sequence_length, not REVERSE)
+        time = time_of(sequence_length - 2 - step, sequence_length, reverse)
         active = mask & is_active(time, length)
         i, f, g, o = load_parts(gates + part, hidden_size, active, 4)
         outer = tl.load(grad_output + offset, mask=active, other=0.0)

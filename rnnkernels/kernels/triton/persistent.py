@@ -69,12 +69,15 @@ def exchange_places(
     BLOCK_INNER: tl.constexpr,
     CHUNKS: tl.constexpr,
     SPLITS: tl.constexpr,
+    lane=0,
 ):
     """In the first slot of the exchange: the first chunk to read, the first part to write. And the size of a slot."""
     row_size: tl.constexpr = PARTS * CHUNKS * BLOCK_INNER
+    slot_size = tl.num_programs(0) * BLOCK_BATCH * row_size
+    exchange += 2 * lane * slot_size
     source = exchange + rows[None, :, None] * row_size + inner_units(SPLITS, BLOCK_INNER)[:, None, :]
     target = exchange + rows[:, None] * row_size + columns[None, :]
-    return source, target, tl.num_programs(0) * BLOCK_BATCH * row_size
+    return source, target, slot_size
 
 
 @triton.jit
@@ -122,21 +125,35 @@ def length_of(lengths, rows, batch, sequence_length, HAS_LENGTHS: tl.constexpr):
 
 
 @triton.jit
-def time_of(step, sequence_length, DOWN: tl.constexpr):
-    """The time of a step of a pass, up from the first or down from the last."""
-    if DOWN:
-        return sequence_length - 1 - step
+def lane_and_direction(REVERSE: tl.constexpr):
+    """The lane of a program, and whether its steps run from the last to the first.
+
+    Where ``REVERSE`` is None both directions run, the reversed one in the second lane: tensors then have a leading
+    dimension, (lane, ...).
+    """
+    if REVERSE is None:
+        lane = tl.program_id(2)
+        return lane, lane == 1
     else:
-        return step
+        return 0, REVERSE
 
 
 @triton.jit
-def is_first(time, length, REVERSE: tl.constexpr):
+def counter_of(counters, lane):
+    """The counter of a program's group."""
+    return counters + (lane * tl.num_programs(0) + tl.program_id(0)) * COUNTER_STRIDE
+
+
+@triton.jit
+def time_of(step, sequence_length, down):
+    """The time of a step of a pass, up from the first or down from the last."""
+    return tl.where(down, sequence_length - 1 - step, step)
+
+
+@triton.jit
+def is_first(time, length, reverse):
     """Whether a sequence takes its first step at this time."""
-    if REVERSE:
-        return length == time + 1
-    else:
-        return tl.zeros_like(length) == time
+    return tl.where(reverse, length - 1, 0) == time
 
 
 @triton.jit
@@ -157,21 +174,24 @@ def concurrent(device: torch.device) -> bool:
 
 
 def empty_exchange(design: dispatch.Persistent, batch: int, parts: int, like: Tensor) -> Tensor:
-    """(slot, row, part, unit): zeros, which stay where there is no row or unit."""
+    """(slot, row, part, unit), where there are lanes (lane, slot, …): zeros, which stay where no row or unit is."""
     rows = triton.cdiv(batch, design.block_batch) * design.block_batch
-    return like.new_zeros(2, rows, parts, design.inner_size)
+    lanes = () if design.lanes == 1 else (design.lanes,)
+    return like.new_zeros(*lanes, 2, rows, parts, design.inner_size)
 
 
 def exchange_from(design: dispatch.Persistent, state: Tensor) -> Tensor:
     """An exchange that holds the state before the first step."""
-    exchange = empty_exchange(design, len(state), 1, state)
-    exchange[1, : state.shape[0], 0, : state.shape[1]] = state
+    batch, hidden_size = state.shape[-2:]
+    exchange = empty_exchange(design, batch, 1, state)
+    exchange[..., 1, :batch, 0, :hidden_size] = state
     return exchange
 
 
 def state_after(exchange: Tensor, steps: int, like: Tensor) -> Tensor:
     """The state that so many steps have left."""
-    return exchange[(steps - 1) % 2, : like.shape[0], 0, : like.shape[1]].clone(memory_format=torch.contiguous_format)
+    batch, hidden_size = like.shape[-2:]
+    return exchange[..., (steps - 1) % 2, :batch, 0, :hidden_size].clone(memory_format=torch.contiguous_format)
 
 
 def launch(
@@ -188,7 +208,7 @@ def launch(
     of sequence, batch, state and padded weights.
     """
     grid, device = design.grid(*sizes[1:3]), tensors[0].device
-    counters = torch.zeros(grid[0] * COUNTER_STRIDE.value, dtype=torch.int32, device=device)
+    counters = torch.zeros(design.lanes * grid[0] * COUNTER_STRIDE.value, dtype=torch.int32, device=device)
     together = concurrent(device)
     for first, last in [(0, steps)] if together else [(step, step + 1) for step in range(steps)]:
         try:

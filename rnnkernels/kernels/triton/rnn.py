@@ -45,12 +45,13 @@ from rnnkernels.kernels.triton.options import (
     zone_out,
 )
 from rnnkernels.kernels.triton.persistent import (
-    COUNTER_STRIDE,
     clears,
+    counter_of,
     empty_exchange,
     exchange_from,
     exchange_places,
     is_active,
+    lane_and_direction,
     launch,
     length_of,
     load_weights,
@@ -82,23 +83,23 @@ def forward_resident(
     BLOCK_BATCH: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
 ):
+    lane, reverse = lane_and_direction(REVERSE)
     rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     columns = tl.arange(0, BLOCK_HIDDEN)
     mask = (rows < batch)[:, None] & (columns < hidden_size)[None, :]
     tile = rows.to(tl.int64)[:, None] * hidden_size + columns[None, :]
     square = (columns < weight_size)[:, None] & (columns < weight_size)[None, :]
     # Transposed: row k, column n holds the weight from unit k to unit n.
+    weight_hh += lane * weight_size * weight_size
     weight = tl.load(weight_hh + columns[:, None] * weight_size + columns[None, :], mask=square, other=0.0).T
-    h = tl.load(h_0 + tile, mask=mask, other=0.0)
+    stride = tl.cast(batch, tl.int64) * hidden_size
+    of_lane = tile + lane * stride
+    h = tl.load(h_0 + of_lane, mask=mask, other=0.0)
     if HAS_LENGTHS:
         length = tl.load(lengths + rows, mask=rows < batch, other=0)[:, None]
 
-    stride = tl.cast(batch, tl.int64) * hidden_size
-    if REVERSE:
-        states = output + (sequence_length - 1) * stride + tile
-        stride = -stride
-    else:
-        states = output + tile
+    states = output + (lane * sequence_length + time_of(0, sequence_length, reverse)) * stride + tile
+    stride = tl.where(reverse, -stride, stride)
     projected = tl.load(states, mask=mask, other=0.0)
     zero = tl.zeros_like(mask.to(tl.int32))
     for step in range(sequence_length):
@@ -107,10 +108,7 @@ def forward_resident(
         a = tl.dot(h, weight, acc=projected.to(tl.float32), input_precision=PRECISION)
         new = activate(a, NONLINEARITY).to(h.dtype)
         if HAS_LENGTHS:
-            if REVERSE:
-                active = sequence_length - 1 - step < length
-            else:
-                active = step < length
+            active = time_of(step, sequence_length, reverse) < length
             h = tl.where(active, new, h)
             tl.store(states, tl.where(active, new, 0.0), mask=mask)
         else:
@@ -118,7 +116,7 @@ def forward_resident(
             tl.store(states, new, mask=mask)
         states += stride
         projected = ahead
-    tl.store(h_n + tile, h, mask=mask)
+    tl.store(h_n + of_lane, h, mask=mask)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -141,23 +139,23 @@ def backward_resident(
     BLOCK_BATCH: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
 ):
+    lane, reverse = lane_and_direction(REVERSE)
     rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     columns = tl.arange(0, BLOCK_HIDDEN)
     mask = (rows < batch)[:, None] & (columns < hidden_size)[None, :]
     tile = rows.to(tl.int64)[:, None] * hidden_size + columns[None, :]
     square = (columns < weight_size)[:, None] & (columns < weight_size)[None, :]
+    weight_hh += lane * weight_size * weight_size
     weight = tl.load(weight_hh + columns[:, None] * weight_size + columns[None, :], mask=square, other=0.0)
-    carried = tl.load(grad_h_n + tile, mask=mask, other=0.0).to(tl.float32)
+    stride = tl.cast(batch, tl.int64) * hidden_size
+    of_lane = tile + lane * stride
+    carried = tl.load(grad_h_n + of_lane, mask=mask, other=0.0).to(tl.float32)
     if HAS_LENGTHS:
         length = tl.load(lengths + rows, mask=rows < batch, other=0)[:, None]
 
     # The steps run against the order of the forward pass.
-    stride = tl.cast(batch, tl.int64) * hidden_size
-    if REVERSE:
-        offset = tile
-    else:
-        offset = (sequence_length - 1) * stride + tile
-        stride = -stride
+    offset = tile + (lane * sequence_length + time_of(sequence_length - 1, sequence_length, reverse)) * stride
+    stride = tl.where(reverse, stride, -stride)
     y = tl.load(output + offset, mask=mask, other=0.0)
     outer = tl.load(grad_output + offset, mask=mask, other=0.0)
     zero = tl.zeros_like(mask.to(tl.int32))
@@ -167,10 +165,7 @@ def backward_resident(
         outer_ahead = tl.load(grad_output + offset + stride, mask=more, other=0.0)
         gradient = through_activation(carried + outer.to(tl.float32), y.to(tl.float32), NONLINEARITY)
         if HAS_LENGTHS:
-            if REVERSE:
-                active = step < length
-            else:
-                active = sequence_length - 1 - step < length
+            active = time_of(sequence_length - 1 - step, sequence_length, reverse) < length
             gradient = tl.where(active, gradient, 0.0)
         inner = gradient.to(weight.dtype)
         tl.store(grad_projected + offset, inner, mask=mask)
@@ -182,7 +177,7 @@ def backward_resident(
         offset += stride
         y = y_ahead
         outer = outer_ahead
-    tl.store(grad_h_0 + tile, carried, mask=mask)
+    tl.store(grad_h_0 + of_lane, carried, mask=mask)
 
 
 @triton.jit(do_not_specialize=STEP)
@@ -334,39 +329,42 @@ def forward_persistent(
     With options, ``projected`` holds the projected input, ``gates`` receives what the activation gives, and ``state``
     takes the state from launch to launch.
     """
+    lane, reverse = lane_and_direction(REVERSE)
     rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
-    counter = counters + tl.program_id(0) * COUNTER_STRIDE
+    counter = counter_of(counters, lane)
     mask = (rows < batch)[:, None] & (columns < hidden_size)[None, :]
     length = length_of(lengths, rows, batch, sequence_length, HAS_LENGTHS)
     tile = rows.to(tl.int64)[:, None] * hidden_size + columns[None, :]
+    weight_hh += lane * weight_size * weight_size
     weights = load_weights(weight_hh, columns, weight_size, 1, weight_size, SPLITS, BLOCK_INNER, CHUNKS)
-    source, target, slot_size = exchange_places(exchange, rows, columns, 1, BLOCK_BATCH, BLOCK_INNER, CHUNKS, SPLITS)
+    source, target, slot_size = exchange_places(
+        exchange, rows, columns, 1, BLOCK_BATCH, BLOCK_INNER, CHUNKS, SPLITS, lane
+    )
     nothing = tl.zeros((SPLITS, BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
     factor = factor_of(recurrent_mask, tile, mask)
 
     stride = tl.cast(batch, tl.int64) * hidden_size
-    start = time_of(first_step, sequence_length, REVERSE) * stride
-    if REVERSE:
-        stride = -stride
+    start = (lane * sequence_length + time_of(first_step, sequence_length, reverse)) * stride
+    stride = tl.where(reverse, -stride, stride)
     offset = tile + start
     zero = tl.zeros_like(mask.to(tl.int32))
     given, within = output, mask
     before = target + (first_step + 1) % 2 * slot_size
     if projected is not None:
         given = projected
-        within = mask & is_active(time_of(first_step, sequence_length, REVERSE), length)
+        within = mask & is_active(time_of(first_step, sequence_length, reverse), length)
         before = state + tile
     h = tl.load(before, mask=mask, other=0.0)
-    cleared = clears(reset, time_of(first_step, sequence_length, REVERSE), rows, batch, length)
-    clears_next = clears(reset, time_of(first_step + 1, sequence_length, REVERSE), rows, batch, length)
+    cleared = clears(reset, time_of(first_step, sequence_length, reverse), rows, batch, length)
+    clears_next = clears(reset, time_of(first_step + 1, sequence_length, reverse), rows, batch, length)
     from_input = tl.load(given + offset, mask=within, other=0.0)
     for step in range(first_step, last_step):
         a = multiply(source + (step + 1) % 2 * slot_size, weights, nothing, BLOCK_INNER, PRECISION)
         candidate = activate(from_input.to(tl.float32) + a, NONLINEARITY)
         old = forget(h.to(tl.float32), cleared)
         new = zone_out(old, candidate, offset, key, zoneout, STATE, ZONEOUT).to(h.dtype)
-        active = is_active(time_of(step, sequence_length, REVERSE), length)
+        active = is_active(time_of(step, sequence_length, reverse), length)
         h = tl.where(active, new, h)
         tl.store(target + step % 2 * slot_size, as_read(h, factor, clears_next), mask=mask)
         if BARRIER:
@@ -378,10 +376,10 @@ def forward_persistent(
         offset += stride
         more = mask & (zero < sequence_length - 1 - step)
         if projected is not None:
-            more = more & is_active(time_of(step + 1, sequence_length, REVERSE), length)
+            more = more & is_active(time_of(step + 1, sequence_length, reverse), length)
         from_input = tl.load(given + offset, mask=more, other=0.0)
         cleared = clears_next
-        clears_next = clears(reset, time_of(step + 2, sequence_length, REVERSE), rows, batch, length)
+        clears_next = clears(reset, time_of(step + 2, sequence_length, reverse), rows, batch, length)
         if BARRIER:
             wait(counter, (step + 1) * tl.num_programs(1))
     if state is not None:
@@ -425,27 +423,31 @@ def backward_persistent(
 
     ``output`` holds what the activation gave; ``carried`` takes the state's float32 gradient from launch to launch.
     """
+    lane, reverse = lane_and_direction(REVERSE)
     rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
-    counter = counters + tl.program_id(0) * COUNTER_STRIDE
+    counter = counter_of(counters, lane)
     mask = (rows < batch)[:, None] & (columns < hidden_size)[None, :]
     length = length_of(lengths, rows, batch, sequence_length, HAS_LENGTHS)
     tile = rows.to(tl.int64)[:, None] * hidden_size + columns[None, :]
+    weight_hh += lane * weight_size * weight_size
     weights = load_weights(weight_hh, columns, weight_size, weight_size, 1, SPLITS, BLOCK_INNER, CHUNKS)
-    source, target, slot_size = exchange_places(exchange, rows, columns, 1, BLOCK_BATCH, BLOCK_INNER, CHUNKS, SPLITS)
+    source, target, slot_size = exchange_places(
+        exchange, rows, columns, 1, BLOCK_BATCH, BLOCK_INNER, CHUNKS, SPLITS, lane
+    )
     nothing = tl.zeros((SPLITS, BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
+    stride = tl.cast(batch, tl.int64) * hidden_size
+    carried += lane * stride
     factor = factor_of(recurrent_mask, tile, mask)
     grad_h = tl.load(carried + tile, mask=mask, other=0.0)
 
     # The steps run against the order of the forward pass.
-    stride = tl.cast(batch, tl.int64) * hidden_size
-    time = time_of(first_step, sequence_length, not REVERSE)
-    offset = tile + time * stride
-    if not REVERSE:
-        stride = -stride
+    time = time_of(sequence_length - 1 - first_step, sequence_length, reverse)
+    offset = tile + (lane * sequence_length + time) * stride
+    stride = tl.where(reverse, stride, -stride)
     active = mask & is_active(time, length)
     cleared = clears(reset, time, rows, batch, length)
-    cleared_later = clears(reset, time_of(first_step - 1, sequence_length, not REVERSE), rows, batch, length)
+    cleared_later = clears(reset, time_of(sequence_length - first_step, sequence_length, reverse), rows, batch, length)
     y = tl.load(output + offset, mask=active, other=0.0)
     outer = tl.load(grad_output + offset, mask=active, other=0.0)
     for step in range(first_step, last_step):
@@ -463,7 +465,7 @@ def backward_persistent(
         within = mask & (tl.zeros_like(length) + step < sequence_length)
         tl.store(grad_projected + offset, gradient, mask=within)
         offset += stride
-        time = time_of(step + 1, sequence_length, not REVERSE)
+        time = time_of(sequence_length - 2 - step, sequence_length, reverse)
         active = mask & is_active(time, length)
         y = tl.load(output + offset, mask=active, other=0.0)
         outer = tl.load(grad_output + offset, mask=active, other=0.0)
