@@ -8,6 +8,7 @@ import math
 import os
 from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import torch
 import triton
@@ -23,10 +24,13 @@ class Resident:
     """Hidden units: ``hidden_size`` rounded up to a power of two, at least 16."""
     num_warps: int
     """Warps in a program."""
+    lanes: int = 1
+    """Recurrences in the launch, each with programs of its own: the directions of a layer."""
 
-    def grid(self, batch: int, hidden_size: int) -> tuple[int]:
-        """Programs in a launch."""
-        return (triton.cdiv(batch, self.block_batch),)
+    def grid(self, batch: int, hidden_size: int) -> tuple[int, ...]:
+        """Programs in a launch, and lanes where there are several."""
+        programs = triton.cdiv(batch, self.block_batch)
+        return (programs,) if self.lanes == 1 else (programs, 1, self.lanes)
 
     def constants(self) -> dict[str, int]:
         """What a launch passes of this."""
@@ -88,6 +92,8 @@ class Step:
     """Warps in a program."""
     num_stages: int
     """Stages of the pipeline that loads the weights."""
+    lanes: ClassVar[int] = 1
+    """Recurrences in a launch."""
 
     def grid(self, batch: int, hidden_size: int) -> tuple[int, int]:
         """Programs in a launch."""
@@ -336,13 +342,13 @@ def needs_aligned_rows(cell: str, kind: str, inner_size: int, tile: tuple[int, i
     return tile[0] * tile[1] > 512 or (cell, kind, inner_size, tile) == ("lstm", "16-bit", 768, (16, 32))
 
 
-def _resident(cell: str, hidden_size: int, kind: str, device: torch.device) -> Resident | None:
+def _resident(cell: str, hidden_size: int, kind: str, device: torch.device, lanes: int = 1) -> Resident | None:
     block_hidden = max(16, triton.next_power_of_2(hidden_size))
     num_warps, needed = RESIDENT[cell, kind].get(block_hidden, (0, None))
     too_large = on_amd(device) and block_hidden > RESIDENT_ON_AMD[cell]
     if needed is None or too_large or needed > shared_memory(device):
         return None
-    return Resident(block_batch=16, block_hidden=block_hidden, num_warps=num_warps)
+    return Resident(block_batch=16, block_hidden=block_hidden, num_warps=num_warps, lanes=lanes)
 
 
 def _persistent(
@@ -370,17 +376,22 @@ def _persistent(
     return None
 
 
-def designs(cell: str, hidden_size: int, batch: int, dtype: torch.dtype, device: torch.device) -> list[Design]:
-    """The designs for a recurrence that fit the device, at most one of each kind, the chosen one first."""
+def designs(
+    cell: str, hidden_size: int, batch: int, dtype: torch.dtype, device: torch.device, lanes: int = 1
+) -> list[Design]:
+    """The designs for a recurrence that fit the device, at most one of each kind, the chosen one first.
+
+    ``lanes`` recurrences of this size share a launch, but for the last design, which takes one after another.
+    """
     kind = multiplication(dtype)
-    resident = _resident(cell, hidden_size, kind, device)
-    persistent = _persistent(cell, hidden_size, batch, kind, device) if batch else None
+    resident = _resident(cell, hidden_size, kind, device, lanes)
+    persistent = _persistent(cell, hidden_size, batch, kind, device, lanes) if batch else None
     return [*filter(None, (resident, persistent)), step_design(cell, hidden_size, batch)]
 
 
-def choose(cell: str, hidden_size: int, batch: int, dtype: torch.dtype, device: torch.device) -> Design:
-    """The design for a recurrence, forward and backward."""
-    return designs(cell, hidden_size, batch, dtype, device)[0]
+def choose(cell: str, hidden_size: int, batch: int, dtype: torch.dtype, device: torch.device, lanes: int = 1) -> Design:
+    """The design for a recurrence, or for as many as there are ``lanes``, forward and backward."""
+    return designs(cell, hidden_size, batch, dtype, device, lanes)[0]
 
 
 def persistent_design(

@@ -4,6 +4,8 @@
 The weights come as three square matrices, for r, z and n, padded with zeros to a multiple of 16 rows and columns.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +14,7 @@ from torch.nn import functional
 
 from rnnkernels.kernels.eager.variable_length import order_of_steps
 from rnnkernels.kernels.triton.barrier import arrive, wait
+from rnnkernels.kernels.triton.directions import each_direction, lane_and_direction, lanes_of
 from rnnkernels.kernels.triton.dispatch import Persistent, Resident, choose, input_precision, step_design
 from rnnkernels.kernels.triton.launch import RUNTIME as STEP
 from rnnkernels.kernels.triton.launch import (
@@ -36,7 +39,6 @@ from rnnkernels.kernels.triton.persistent import (
     exchange_places,
     is_active,
     is_first,
-    lane_and_direction,
     launch,
     length_of,
     load_parts,
@@ -638,9 +640,10 @@ def backward_persistent(
 
 def squares(weight_hh: Tensor) -> Tensor:
     """The weights as (3, size, size), with zeros up to a multiple of 16."""
-    hidden_size = weight_hh.shape[1]
+    *directions, _, hidden_size = weight_hh.shape
     missing = -hidden_size % 16
-    return functional.pad(weight_hh.view(3, hidden_size, hidden_size), (0, missing, 0, missing)).contiguous()
+    squares = weight_hh.contiguous().view(*directions, 3, hidden_size, hidden_size)
+    return functional.pad(squares, (0, missing, 0, missing)).contiguous()
 
 
 def forward(
@@ -649,16 +652,29 @@ def forward(
     weight_hh: Tensor,
     bias_hh: Tensor | None,
     lengths: Tensor | None,
-    reverse: bool,
+    reverse: bool | None,
 ) -> tuple[Tensor, Tensor]:
     """Activate ``gates``, which hold the projected input, in place; return the states and the final state."""
-    sequence_length, batch, width = gates.shape
-    hidden_size = width // 4
-    output = gates.new_empty(sequence_length, batch, hidden_size)
+    hidden_size = gates.shape[-1] // 4
+    output = gates.new_empty(*gates.shape[:-1], hidden_size)
     if output.numel() == 0:
         return output, h_0.clone()
-    h_0, weights = h_0.contiguous(), squares(weight_hh.contiguous())
-    bias_n = None if bias_hh is None else bias_hh[2 * hidden_size :].contiguous()
+    bias_n = None if bias_hh is None else bias_hh[..., 2 * hidden_size :].contiguous()
+    tensors = gates, h_0.contiguous(), squares(weight_hh), bias_n, output
+    return output, *_forward(*tensors, lengths, reverse)
+
+
+def _forward(
+    gates: Tensor,
+    h_0: Tensor,
+    weights: Tensor,
+    bias_n: Tensor | None,
+    output: Tensor,
+    lengths: Tensor | None,
+    reverse: bool | None,
+) -> Sequence[Tensor]:
+    """Fill ``output``; return the final state."""
+    sequence_length, batch, hidden_size = output.shape[-3:]
     sizes = batch, hidden_size, weights.shape[-1]
     options = {
         "REVERSE": reverse,
@@ -666,23 +682,26 @@ def forward(
         "HAS_BIAS": bias_n is not None,
         "PRECISION": input_precision(gates.dtype),
     }
-    design = choose("gru", hidden_size, batch, gates.dtype, gates.device)
-    if isinstance(design, Persistent):
+    lanes = lanes_of(reverse)
+    design = choose("gru", hidden_size, batch, gates.dtype, gates.device, lanes)
+    if isinstance(design, Persistent) and design.lanes == lanes:
         exchange = exchange_from(design, h_0)
         tensors, all_sizes = (gates, weights, bias_n, lengths, output, exchange), (sequence_length, *sizes)
         if launch(forward_persistent, design, sequence_length, tensors, all_sizes, **options):
-            return output, state_after(exchange, sequence_length, h_0)
+            return (state_after(exchange, sequence_length, h_0),)
         design = step_design("gru", hidden_size, batch)
+    if design.lanes < lanes:
+        return each_direction(_forward, (gates, h_0, weights, bias_n, output), lengths)
     if isinstance(design, Resident):
         h_n = torch.empty_like(h_0)
         forward_resident[design.grid(batch, hidden_size)](
             gates, h_0, weights, bias_n, lengths, output, h_n, sequence_length, *sizes, **options, **design.constants()
         )
-        return output, h_n
+        return (h_n,)
     tensors = gates, h_0, weights, bias_n, lengths, output
     times = order_of_steps(sequence_length, reverse)
     run_steps(forward_step, design, tensors, (sequence_length, *sizes), times, **options)
-    return output, final_state(output, lengths, reverse)
+    return (final_state(output, lengths, reverse),)
 
 
 def backward(
@@ -693,25 +712,42 @@ def backward(
     h_0: Tensor,
     weight_hh: Tensor,
     lengths: Tensor | None,
-    reverse: bool,
+    reverse: bool | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the four parts of ``gates`` before their activations, and of the initial state."""
-    sequence_length, batch, hidden_size = output.shape
     grad_gates = torch.empty_like(gates)
     if output.numel() == 0:
         return grad_gates, grad_h_n.clone()
-    grad_output, grad_h_n, h_0 = grad_output.contiguous(), grad_h_n.contiguous(), h_0.contiguous()
-    weights = squares(weight_hh.contiguous())
+    tensors = grad_output.contiguous(), grad_h_n.contiguous(), output, gates, h_0.contiguous()
+    return grad_gates, *_backward(*tensors, squares(weight_hh), grad_gates, lengths, reverse)
+
+
+def _backward(
+    grad_output: Tensor,
+    grad_h_n: Tensor,
+    output: Tensor,
+    gates: Tensor,
+    h_0: Tensor,
+    weights: Tensor,
+    grad_gates: Tensor,
+    lengths: Tensor | None,
+    reverse: bool | None,
+) -> Sequence[Tensor]:
+    """Fill ``grad_gates``; return the gradient of the initial state."""
+    sequence_length, batch, hidden_size = output.shape[-3:]
     sizes = batch, hidden_size, weights.shape[-1]
     options = {"REVERSE": reverse, "HAS_LENGTHS": lengths is not None, "PRECISION": input_precision(output.dtype)}
-    design = choose("gru", hidden_size, batch, output.dtype, output.device)
-    if isinstance(design, Persistent):
+    lanes = lanes_of(reverse)
+    design = choose("gru", hidden_size, batch, output.dtype, output.device, lanes)
+    if isinstance(design, Persistent) and design.lanes == lanes:
         gradient, exchange = grad_h_n.float().clone(), empty_exchange(design, batch, 3, output)
         tensors = grad_output, output, gates, h_0, weights, lengths, grad_gates, gradient, exchange
         all_sizes = sequence_length, *sizes
         if launch(backward_persistent, design, sequence_length + 1, tensors, all_sizes, **options):
-            return grad_gates, gradient.to(output.dtype)
+            return (gradient.to(output.dtype),)
         design = step_design("gru", hidden_size, batch)
+    if design.lanes < lanes:
+        return each_direction(_backward, (grad_output, grad_h_n, output, gates, h_0, weights, grad_gates), lengths)
     if isinstance(design, Resident):
         grad_h_0 = torch.empty_like(grad_h_n)
         backward_resident[design.grid(batch, hidden_size)](
@@ -729,9 +765,9 @@ def backward(
             **options,
             **design.constants(),
         )
-        return grad_gates, grad_h_0
+        return (grad_h_0,)
     times = order_of_steps(sequence_length, not reverse)
     gradient = carried(grad_h_n, times)
     tensors = grad_output, gates, output, h_0, gradient, weights, lengths, grad_gates
     run_steps(backward_step, design, tensors, (sequence_length, *sizes), times, **options)
-    return grad_gates, left_of(gradient, times, output.dtype)
+    return (left_of(gradient, times, output.dtype),)

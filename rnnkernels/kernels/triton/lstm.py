@@ -5,6 +5,8 @@ still, so that the state before a step is always its neighbour. The weights come
 zeros to a multiple of 16 rows and columns.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,7 @@ from torch.nn import functional
 
 from rnnkernels.kernels.eager.variable_length import order_of_steps
 from rnnkernels.kernels.triton.barrier import arrive, wait
+from rnnkernels.kernels.triton.directions import each_direction, lane_and_direction, lanes_of, last_taken
 from rnnkernels.kernels.triton.dispatch import Persistent, Resident, choose, input_precision, step_design
 from rnnkernels.kernels.triton.launch import RUNTIME as STEP
 from rnnkernels.kernels.triton.launch import (
@@ -36,7 +39,6 @@ from rnnkernels.kernels.triton.persistent import (
     exchange_from,
     exchange_places,
     is_active,
-    lane_and_direction,
     launch,
     length_of,
     load_parts,
@@ -717,9 +719,9 @@ def backward_persistent(
 
 def squares(weight_hh: Tensor) -> Tensor:
     """The weights as (4, size, size), with zeros up to a multiple of 16."""
-    hidden_size = weight_hh.shape[1]
+    *directions, _, hidden_size = weight_hh.shape
     missing = -hidden_size % 16
-    squares = weight_hh.contiguous().view(4, hidden_size, hidden_size)
+    squares = weight_hh.contiguous().view(*directions, 4, hidden_size, hidden_size)
     return functional.pad(squares, (0, missing, 0, missing)) if missing else squares
 
 
@@ -729,30 +731,46 @@ def forward(
     c_0: Tensor,
     weight_hh: Tensor,
     lengths: Tensor | None,
-    reverse: bool,
+    reverse: bool | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Activate ``gates``, which hold the projected input, in place.
 
     Returns the states, the final state, the final cell state, and the float32 cell states.
     """
-    sequence_length, batch, width = gates.shape
-    hidden_size = width // 4
-    output = gates.new_empty(sequence_length, batch, hidden_size)
+    output = gates.new_empty(*gates.shape[:-1], gates.shape[-1] // 4)
     cells = torch.empty_like(output, dtype=torch.float32)
     if output.numel() == 0:
         return output, h_0.clone(), c_0.clone(), cells
-    h_0, c_0, weights = h_0.contiguous(), c_0.contiguous(), squares(weight_hh)
+    tensors = gates, h_0.contiguous(), c_0.contiguous(), squares(weight_hh), output, cells
+    return output, *_forward(*tensors, lengths, reverse), cells
+
+
+def _forward(
+    gates: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weights: Tensor,
+    output: Tensor,
+    cells: Tensor,
+    lengths: Tensor | None,
+    reverse: bool | None,
+) -> Sequence[Tensor]:
+    """Fill ``output`` and ``cells``; return the final state and the final cell state."""
+    sequence_length, batch, hidden_size = output.shape[-3:]
     sizes = batch, hidden_size, weights.shape[-1]
     options = {"REVERSE": reverse, "HAS_LENGTHS": lengths is not None, "PRECISION": input_precision(gates.dtype)}
-    design = choose("lstm", hidden_size, batch, gates.dtype, gates.device)
-    if isinstance(design, Persistent):
+    lanes = lanes_of(reverse)
+    design = choose("lstm", hidden_size, batch, gates.dtype, gates.device, lanes)
+    if isinstance(design, Persistent) and design.lanes == lanes:
         exchange = exchange_from(design, h_0)
         tensors = gates, c_0.float(), weights, lengths, output, cells, exchange
         all_sizes = sequence_length, *sizes
         if launch(forward_persistent, design, sequence_length, tensors, all_sizes, **options):
-            h_n, c_n = state_after(exchange, sequence_length, h_0), cells[0 if reverse else -1]
-            return output, h_n, c_n.to(c_0.dtype, copy=True), cells
+            h_n, c_n = state_after(exchange, sequence_length, h_0), last_taken(cells, reverse)
+            return h_n, c_n.to(c_0.dtype, copy=True)
         design = step_design("lstm", hidden_size, batch)
+    if design.lanes < lanes:
+        return each_direction(_forward, (gates, h_0, c_0, weights, output, cells), lengths)
     if isinstance(design, Resident):
         h_n, c_n = torch.empty_like(h_0), torch.empty_like(c_0)
         forward_resident[design.grid(batch, hidden_size)](
@@ -770,12 +788,12 @@ def forward(
             **options,
             **design.constants(),
         )
-        return output, h_n, c_n, cells
+        return h_n, c_n
     tensors = gates, h_0, c_0.float(), weights, lengths, output, cells
     times = order_of_steps(sequence_length, reverse)
     run_steps(forward_step, design, tensors, (sequence_length, *sizes), times, **options)
     c_n = cells[times[-1]].to(c_0.dtype, copy=True)
-    return output, final_state(output, lengths, reverse), c_n, cells
+    return final_state(output, lengths, reverse), c_n
 
 
 def backward(
@@ -789,35 +807,55 @@ def backward(
     c_0: Tensor,
     weight_hh: Tensor,
     lengths: Tensor | None,
-    reverse: bool,
+    reverse: bool | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the four gates before their activations, and of both initial states."""
-    sequence_length, batch, hidden_size = output.shape
     grad_gates = torch.empty_like(gates)
     if gates.numel() == 0:
         return grad_gates, grad_h_n.clone(), grad_c_n.clone()
-    grad_output, grad_h_n, grad_c_n = grad_output.contiguous(), grad_h_n.contiguous(), grad_c_n.contiguous()
-    initial_cells, weights = c_0.contiguous().float(), squares(weight_hh)
+    given = (tensor.contiguous() for tensor in (grad_output, grad_h_n, grad_c_n))
+    tensors = *given, gates, cells, c_0.contiguous().float(), squares(weight_hh), grad_gates
+    return grad_gates, *_backward(*tensors, lengths, reverse)
+
+
+def _backward(
+    grad_output: Tensor,
+    grad_h_n: Tensor,
+    grad_c_n: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    c_0: Tensor,
+    weights: Tensor,
+    grad_gates: Tensor,
+    lengths: Tensor | None,
+    reverse: bool | None,
+) -> Sequence[Tensor]:
+    """Fill ``grad_gates``; return the gradients of both initial states."""
+    sequence_length, batch, hidden_size = cells.shape[-3:]
     sizes = batch, hidden_size, weights.shape[-1]
     options = {"REVERSE": reverse, "HAS_LENGTHS": lengths is not None, "PRECISION": input_precision(gates.dtype)}
-    design = choose("lstm", hidden_size, batch, gates.dtype, gates.device)
-    if isinstance(design, Persistent):
+    lanes = lanes_of(reverse)
+    design = choose("lstm", hidden_size, batch, gates.dtype, gates.device, lanes)
+    if isinstance(design, Persistent) and design.lanes == lanes:
         gradient_h, gradient_c = grad_h_n.float().clone(), grad_c_n.float().clone()
-        exchange = empty_exchange(design, batch, 4, output)
-        tensors = grad_output, gates, cells, initial_cells, weights, lengths, grad_gates, gradient_h, gradient_c
+        exchange = empty_exchange(design, batch, 4, gates)
+        tensors = grad_output, gates, cells, c_0, weights, lengths, grad_gates, gradient_h, gradient_c
         tensors, all_sizes = (*tensors, exchange), (sequence_length, *sizes)
         if launch(backward_persistent, design, sequence_length + 1, tensors, all_sizes, **options):
-            return grad_gates, gradient_h.to(gates.dtype), gradient_c.to(c_0.dtype)
+            return gradient_h.to(grad_h_n.dtype), gradient_c.to(grad_c_n.dtype)
         design = step_design("lstm", hidden_size, batch)
+    if design.lanes < lanes:
+        tensors = grad_output, grad_h_n, grad_c_n, gates, cells, c_0, weights, grad_gates
+        return each_direction(_backward, tensors, lengths)
     if isinstance(design, Resident):
-        grad_h_0, grad_c_0 = torch.empty_like(grad_h_n), torch.empty_like(c_0)
+        grad_h_0, grad_c_0 = torch.empty_like(grad_h_n), torch.empty_like(grad_c_n)
         backward_resident[design.grid(batch, hidden_size)](
             grad_output,
             grad_h_n,
             grad_c_n,
             gates,
             cells,
-            initial_cells,
+            c_0,
             weights,
             lengths,
             grad_gates,
@@ -828,9 +866,9 @@ def backward(
             **options,
             **design.constants(),
         )
-        return grad_gates, grad_h_0, grad_c_0
+        return grad_h_0, grad_c_0
     times = order_of_steps(sequence_length, not reverse)
     carried_h, carried_c = carried(grad_h_n, times), carried(grad_c_n, times)
-    tensors = grad_output, gates, cells, initial_cells, carried_h, carried_c, weights, lengths, grad_gates
+    tensors = grad_output, gates, cells, c_0, carried_h, carried_c, weights, lengths, grad_gates
     run_steps(backward_step, design, tensors, (sequence_length, *sizes), times, **options)
-    return grad_gates, left_of(carried_h, times, gates.dtype), left_of(carried_c, times, c_0.dtype)
+    return left_of(carried_h, times, grad_h_n.dtype), left_of(carried_c, times, grad_c_n.dtype)

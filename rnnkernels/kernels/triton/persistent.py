@@ -125,22 +125,8 @@ def length_of(lengths, rows, batch, sequence_length, HAS_LENGTHS: tl.constexpr):
 
 
 @triton.jit
-def lane_and_direction(REVERSE: tl.constexpr):
-    """The lane of a program, and whether its steps run from the last to the first.
-
-    Where ``REVERSE`` is None both directions run, the reversed one in the second lane: tensors then have a leading
-    dimension, (lane, ...).
-    """
-    if REVERSE is None:
-        lane = tl.program_id(2)
-        return lane, lane == 1
-    else:
-        return 0, REVERSE
-
-
-@triton.jit
 def counter_of(counters, lane):
-    """The counter of a program's group."""
+    """That of a program's group."""
     return counters + (lane * tl.num_programs(0) + tl.program_id(0)) * COUNTER_STRIDE
 
 

@@ -12,6 +12,8 @@ All read the projected input from ``output`` and leave the states there. States 
 own type, sums are float32.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +22,7 @@ from torch.nn import functional
 
 from rnnkernels.kernels.eager.variable_length import order_of_steps
 from rnnkernels.kernels.triton.barrier import arrive, wait
+from rnnkernels.kernels.triton.directions import each_direction, lane_and_direction, lanes_of
 from rnnkernels.kernels.triton.dispatch import Persistent, Resident, choose, input_precision, step_design
 from rnnkernels.kernels.triton.launch import RUNTIME as STEP
 from rnnkernels.kernels.triton.launch import (
@@ -51,7 +54,6 @@ from rnnkernels.kernels.triton.persistent import (
     exchange_from,
     exchange_places,
     is_active,
-    lane_and_direction,
     launch,
     length_of,
     load_weights,
@@ -478,7 +480,7 @@ def backward_persistent(
 
 def squares(weight_hh: Tensor) -> Tensor:
     """The recurrent weights with zeros up to a multiple of 16 rows and columns: rows then start on 16-byte bounds."""
-    missing = -weight_hh.shape[0] % 16
+    missing = -weight_hh.shape[-1] % 16
     return functional.pad(weight_hh, (0, missing, 0, missing)) if missing else weight_hh.contiguous()
 
 
@@ -488,36 +490,49 @@ def forward(
     weight_hh: Tensor,
     lengths: Tensor | None,
     nonlinearity: str,
-    reverse: bool,
+    reverse: bool | None,
 ) -> Tensor:
     """Turn the projected input that ``output`` holds into the states, in place, and return the final state."""
-    sequence_length, batch, hidden_size = output.shape
     if output.numel() == 0:
         return h_0.clone()
-    h_0, weight_hh = h_0.contiguous(), squares(weight_hh)
-    sizes = batch, hidden_size, weight_hh.shape[0]
+    return _forward(output, h_0.contiguous(), squares(weight_hh), lengths, nonlinearity, reverse)[0]
+
+
+def _forward(
+    output: Tensor,
+    h_0: Tensor,
+    weight_hh: Tensor,
+    lengths: Tensor | None,
+    nonlinearity: str,
+    reverse: bool | None,
+) -> Sequence[Tensor]:
+    sequence_length, batch, hidden_size = output.shape[-3:]
+    sizes = batch, hidden_size, weight_hh.shape[-1]
     options = {
         "NONLINEARITY": nonlinearity,
         "REVERSE": reverse,
         "HAS_LENGTHS": lengths is not None,
         "PRECISION": input_precision(output.dtype),
     }
-    design = choose("rnn", hidden_size, batch, output.dtype, output.device)
-    if isinstance(design, Persistent):
+    lanes = lanes_of(reverse)
+    design = choose("rnn", hidden_size, batch, output.dtype, output.device, lanes)
+    if isinstance(design, Persistent) and design.lanes == lanes:
         exchange = exchange_from(design, h_0)
         tensors, all_sizes = (output, weight_hh, lengths, exchange), (sequence_length, *sizes)
         if launch(forward_persistent, design, sequence_length, tensors, all_sizes, **options):
-            return state_after(exchange, sequence_length, h_0)
+            return (state_after(exchange, sequence_length, h_0),)
         design = step_design("rnn", hidden_size, batch)
+    if design.lanes < lanes:
+        return each_direction(_forward, (output, h_0, weight_hh), lengths, nonlinearity)
     if isinstance(design, Resident):
         h_n = torch.empty_like(h_0)
         forward_resident[design.grid(batch, hidden_size)](
             output, h_0, weight_hh, lengths, h_n, sequence_length, *sizes, **options, **design.constants()
         )
-        return h_n
+        return (h_n,)
     times = order_of_steps(sequence_length, reverse)
     run_steps(forward_step, design, (output, h_0, weight_hh, lengths), (sequence_length, *sizes), times, **options)
-    return final_state(output, lengths, reverse)
+    return (final_state(output, lengths, reverse),)
 
 
 def backward(
@@ -527,29 +542,47 @@ def backward(
     weight_hh: Tensor,
     lengths: Tensor | None,
     nonlinearity: str,
-    reverse: bool,
+    reverse: bool | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the projected input and of the initial state."""
-    sequence_length, batch, hidden_size = output.shape
     grad_projected = torch.empty_like(output)
     if output.numel() == 0:
         return grad_projected, grad_h_n.clone()
-    grad_output, grad_h_n, weight_hh = grad_output.contiguous(), grad_h_n.contiguous(), squares(weight_hh)
-    sizes = batch, hidden_size, weight_hh.shape[0]
+    tensors = grad_output.contiguous(), grad_h_n.contiguous(), output, squares(weight_hh), grad_projected
+    return grad_projected, *_backward(*tensors, lengths, nonlinearity, reverse)
+
+
+def _backward(
+    grad_output: Tensor,
+    grad_h_n: Tensor,
+    output: Tensor,
+    weight_hh: Tensor,
+    grad_projected: Tensor,
+    lengths: Tensor | None,
+    nonlinearity: str,
+    reverse: bool | None,
+) -> Sequence[Tensor]:
+    """Fill ``grad_projected``; return the gradient of the initial state."""
+    sequence_length, batch, hidden_size = output.shape[-3:]
+    sizes = batch, hidden_size, weight_hh.shape[-1]
     options = {
         "NONLINEARITY": nonlinearity,
         "REVERSE": reverse,
         "HAS_LENGTHS": lengths is not None,
         "PRECISION": input_precision(output.dtype),
     }
-    design = choose("rnn", hidden_size, batch, output.dtype, output.device)
-    if isinstance(design, Persistent):
+    lanes = lanes_of(reverse)
+    design = choose("rnn", hidden_size, batch, output.dtype, output.device, lanes)
+    if isinstance(design, Persistent) and design.lanes == lanes:
         gradient, exchange = grad_h_n.float().clone(), empty_exchange(design, batch, 1, output)
         tensors = grad_output, output, weight_hh, lengths, grad_projected, gradient, exchange
         all_sizes = sequence_length, *sizes
         if launch(backward_persistent, design, sequence_length + 1, tensors, all_sizes, **options):
-            return grad_projected, gradient.to(output.dtype)
+            return (gradient.to(output.dtype),)
         design = step_design("rnn", hidden_size, batch)
+    if design.lanes < lanes:
+        tensors = grad_output, grad_h_n, output, weight_hh, grad_projected
+        return each_direction(_backward, tensors, lengths, nonlinearity)
     if isinstance(design, Resident):
         grad_h_0 = torch.empty_like(grad_h_n)
         backward_resident[design.grid(batch, hidden_size)](
@@ -565,9 +598,9 @@ def backward(
             **options,
             **design.constants(),
         )
-        return grad_projected, grad_h_0
+        return (grad_h_0,)
     times = order_of_steps(sequence_length, not reverse)
     gradient = carried(grad_h_n, times)
     tensors = grad_output, output, gradient, weight_hh, lengths, grad_projected
     run_steps(backward_step, design, tensors, (sequence_length, *sizes), times, **options)
-    return grad_projected, left_of(gradient, times, output.dtype)
+    return (left_of(gradient, times, output.dtype),)

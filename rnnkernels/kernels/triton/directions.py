@@ -1,0 +1,44 @@
+"""One direction of a layer, or both in one launch.
+
+A recurrence takes ``reverse``: False, True, or None for both directions. These know nothing of each other. All tensors
+but ``lengths`` then have a leading dimension, the reversed direction second, and so has the grid of the kernels at its
+end: a *lane* for each direction. A kernel for two lanes learns its direction from its lane; for one, it is constant.
+
+Where no design holds two lanes, one direction runs after the other.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def lane_and_direction(REVERSE: tl.constexpr):
+    """The lane of a program, and whether its steps run from the last to the first."""
+    if REVERSE is None:
+        lane = tl.program_id(2)
+        return lane, lane == 1
+    else:
+        return 0, REVERSE
+
+
+def lanes_of(reverse: bool | None) -> int:
+    """Directions that run."""
+    return 2 if reverse is None else 1
+
+
+def each_direction(run: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor | None], *others) -> list[Tensor]:
+    """What ``run`` returns for one direction after the other, along a leading dimension; it writes where it is told."""
+    pairs = zip(*((None, None) if tensor is None else tensor.unbind(0) for tensor in tensors), strict=True)
+    results = [run(*direction, *others, reverse) for direction, reverse in zip(pairs, (False, True), strict=True)]
+    return [torch.stack(both) for both in zip(*results, strict=True)]
+
+
+def last_taken(sequence: Tensor, reverse: bool | None) -> Tensor:
+    """What stands at the last step taken."""
+    if reverse is None:
+        return torch.stack((sequence[0, -1], sequence[1, 0]))
+    return sequence[0 if reverse else -1]
