@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from rnnkernels import ops
 from rnnkernels._backend import autocast_dtype, resolve
 from rnnkernels.kernels.eager import onednn
+from rnnkernels.ops._both_directions import both_directions, can_run_both
 from rnnkernels.ops._checks import (
     check_choice,
     check_flag,
@@ -280,28 +281,37 @@ class Recurrent(SequenceModule, torch.nn.RNNBase):
         initial = zip(*(state.unbind(0) for state in states), strict=True)
         final = []
         output = input
+        at_once = self._both_are_plain() and reset is None and can_run_both(input)
         for layer in range(self.num_layers):
-            directions = []
-            for suffix in suffixes:
-                reverse = suffix == "_reverse"
-                weights = self._weights(f"l{layer}{suffix}", seeds)
-                sequence, *last = self._sequence(
-                    output,
-                    *next(initial),
-                    **weights,
-                    **self._operator_options(),
-                    reverse=reverse,
-                    lengths=lengths,
-                    reset=_seen_from_behind(reset) if reverse and reset is not None else reset,
-                    recurrent_dropout=self.recurrent_dropout,
-                    zoneout=self.zoneout,
-                    recompute_gates=self.recompute_gates,
-                    grad_clip=self.grad_clip,
-                    training=self.training,
-                    seed=None if seeds is None else seeds.next(),
-                )
-                directions.append(sequence)
-                final.append(last)
+            each = [
+                (next(initial), self._weights(f"l{layer}{suffix}", seeds), None if seeds is None else seeds.next())
+                for suffix in suffixes
+            ]
+            if at_once:
+                own, weights, _ = zip(*each, strict=True)
+                both = both_directions(self._operator, output, own, weights, lengths=lengths, **self._plain_options())
+                results = list(zip(*(result.unbind(0) for result in both), strict=True))
+            else:
+                results = [
+                    self._sequence(
+                        output,
+                        *own,
+                        **weights,
+                        **self._operator_options(),
+                        reverse=suffix == "_reverse",
+                        lengths=lengths,
+                        reset=_seen_from_behind(reset) if suffix == "_reverse" and reset is not None else reset,
+                        recurrent_dropout=self.recurrent_dropout,
+                        zoneout=self.zoneout,
+                        recompute_gates=self.recompute_gates,
+                        grad_clip=self.grad_clip,
+                        training=self.training,
+                        seed=seed,
+                    )
+                    for suffix, (own, weights, seed) in zip(suffixes, each, strict=True)
+                ]
+            directions = [sequence for sequence, *_ in results]
+            final += [last for _, *last in results]
             output = torch.cat(directions, dim=-1) if len(directions) > 1 else directions[0]
             if self.dropout and self.training and layer < self.num_layers - 1:
                 output = ops.dropout(output, self.dropout, seed=seeds.next())
@@ -316,6 +326,13 @@ class Recurrent(SequenceModule, torch.nn.RNNBase):
         """Whether no argument asks for what ``torch.nn`` can't do."""
         values = self.__dict__
         return all(values[name] == default for name, default in self._options.items())
+
+    def _both_are_plain(self) -> bool:
+        """Whether there are two directions, and no argument asks for what only one direction at a time can do."""
+        at_once = ("nonlinearity", "recompute_gates", "weight_dropout")
+        options = (name for name in self._options if name not in at_once)
+        plain = all(getattr(self, name) == self._options[name] for name in options)
+        return self.bidirectional and plain and not self.proj_size
 
     def _native_may_serve(self, input: Tensor) -> bool:
         """Whether PyTorch's own operators can do what is asked for, on a CPU."""
@@ -382,9 +399,16 @@ class Recurrent(SequenceModule, torch.nn.RNNBase):
             weights["weight_hh"] = ops.dropout(weights["weight_hh"], self.weight_dropout, seed=seeds.next())
         return weights
 
+    _operator: ClassVar[str]
+    """The operator that runs a layer."""
+
     def _operator_options(self) -> dict[str, object]:
         """What only this cell's operator takes."""
         return {}
+
+    def _plain_options(self) -> dict[str, object]:
+        """What the operator of a plain layer takes beside tensors."""
+        return {"recompute_gates": self.recompute_gates}
 
     def _sequence(self, input: Tensor, *states: Tensor, **options) -> tuple[Tensor, ...]:
         """Run one layer in one direction."""
@@ -539,8 +563,13 @@ class RNN(Recurrent):
     def _native_operator(self):
         return torch.rnn_tanh if self.nonlinearity == "tanh" else torch.rnn_relu
 
+    _operator = "rnn"
+
     def _operator_options(self) -> dict[str, object]:
         return {"nonlinearity": self.nonlinearity}
+
+    def _plain_options(self) -> dict[str, object]:
+        return self._operator_options()
 
     def _sequence(self, input: Tensor, *states: Tensor, **options) -> tuple[Tensor, ...]:
         return ops.rnn(input, *states, **options)
@@ -695,6 +724,8 @@ class GRU(Recurrent):
 
     def _native_operator(self):
         return torch.gru
+
+    _operator = "gru"
 
     def _operator_options(self) -> dict[str, object]:
         return {"reset_after": self.reset_after}
@@ -893,6 +924,8 @@ class LSTM(Recurrent):
 
     def _native_operator(self):
         return torch.lstm
+
+    _operator = "lstm"
 
     def _operator_options(self) -> dict[str, object]:
         return {"zoneout_cell": self.zoneout_cell}

@@ -1,7 +1,8 @@
 """What every recurrent operator does around its recurrence, for all steps at once."""
 
+import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
 
+from rnnkernels.kernels.directions import each_direction, one_after_the_other
 from rnnkernels.kernels.eager.products import linear
 from rnnkernels.kernels.eager.variable_length import padding
 
@@ -31,11 +33,21 @@ def transformed() -> bool:
 def project(input: Tensor, weight_ih: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None) -> Tensor:
     r"""The input's share of every pre-activation, $W_{ih} x_t + b_{ih} + b_{hh}$, in one matrix product.
 
-    Returns a new contiguous tensor, with gates * hidden_size features.
+    Returns a new contiguous tensor, with gates * hidden_size features; for both directions, along a leading dimension.
     """
     biases = [bias for bias in (bias_ih, bias_hh) if bias is not None]
-    projected = linear(input.flatten(0, -2), weight_ih, sum(biases[1:], biases[0]) if biases else None)
-    return projected.view(*input.shape[:-1], weight_ih.shape[0])
+    bias = sum(biases[1:], biases[0]) if biases else None
+    if weight_ih.dim() == 3:
+        return project_both(input, weight_ih, bias, input.new_empty(2, *input.shape[:-1], weight_ih.shape[1]))
+    return linear(input.flatten(0, -2), weight_ih, bias).view(*input.shape[:-1], weight_ih.shape[0])
+
+
+def project_both(input: Tensor, weight_ih: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """The products of the input with the weights of each direction, and its bias, in ``out``."""
+    rows = input.flatten(0, -2)
+    for direction, weight in enumerate(weight_ih):
+        linear(rows, weight, None if bias is None else bias[direction], out=out[direction].flatten(0, -2))
+    return out
 
 
 def project_normalized(
@@ -83,6 +95,61 @@ def recurrent_weight_gradient(
         first = grad_projected[-1 if reverse else 0]
     later, earlier = later.flatten(0, 1), earlier.flatten(0, 1)
     return linear(later.t(), earlier.t()).addmm_(first.t(), h_0)
+
+
+def layer_gradients(
+    grad_projected: Tensor,
+    output: Tensor,
+    h_0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    input: Tensor,
+    lengths: Tensor | None,
+    needs: Sequence[bool],
+    *,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of ``input``, both weights and a bias; empty where not needed."""
+    needs_input, needs_weight_ih, needs_weight_hh, needs_bias = needs
+    grad_input, grad_weight_ih, grad_bias = projection_gradients(
+        grad_projected, input, weight_ih, (needs_input, needs_weight_ih, needs_bias)
+    )
+    grad_weight_hh = weight_hh.new_empty(0)
+    if needs_weight_hh:
+        grad_weight_hh = recurrent_weight_gradient(grad_projected, output, h_0, lengths, reverse)
+    return grad_input, grad_weight_ih, grad_weight_hh, grad_bias
+
+
+def of_directions(
+    gradients: Callable[..., Sequence[Tensor]],
+    tensors: Sequence[Tensor | None],
+    *others,
+    needs: Sequence[bool],
+    reverse: bool | None,
+) -> tuple[Tensor, ...]:
+    """What ``gradients`` returns, of the input first and then of weights; of both directions where ``reverse`` is None.
+
+    Those of the input are summed then, the others stand along a leading dimension.
+    """
+    if reverse is not None:
+        return gradients(*tensors, *others, needs, reverse=reverse)
+    of_input, *of_weights = each_direction(gradients, tensors, *others, needs)
+    stacked = (torch.stack(both) if need else both[0] for both, need in zip(of_weights, needs[1:], strict=True))
+    return of_input[0].add_(of_input[1]), *stacked
+
+
+def results_of(
+    reference: Callable[..., Sequence[Tensor]],
+    input: Tensor,
+    tensors: Sequence[Tensor | None],
+    *,
+    reverse: bool | None,
+    **options,
+) -> Sequence[Tensor]:
+    """What the reference gives for a direction, or for both where ``reverse`` is None."""
+    if reverse is not None:
+        return reference(input, *tensors, reverse=reverse, **options)
+    return one_after_the_other(functools.partial(reference, input, **options), tensors)
 
 
 def given(gradients: Sequence[Tensor | None], results: Sequence[Tensor]) -> list[Tensor]:

@@ -1,9 +1,13 @@
 """The gated recurrent unit over a whole sequence."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rnnkernels import reference
+from rnnkernels.kernels.directions import one_after_the_other
 from rnnkernels.kernels.eager import gru as eager
 from rnnkernels.kernels.eager.general import with_gates
 from rnnkernels.kernels.eager.memory import empty
@@ -18,9 +22,12 @@ from rnnkernels.ops._sequence import (
     differentiable_gradients,
     given,
     kernels,
+    of_directions,
+    project_both,
     project_normalized,
     projection_gradients,
     recurrent_weight_gradient,
+    results_of,
     transformed,
     without_padding,
 )
@@ -204,8 +211,8 @@ def _projection_bias(bias_ih: Tensor | None, bias_hh: Tensor | None) -> Tensor |
     if bias_hh is None:
         return bias_ih
     # That of the candidate's product with the state belongs inside the reset gate; the others can join the input's.
-    hidden_size = bias_hh.shape[0] // 3
-    bias = torch.cat([bias_hh[: 2 * hidden_size], bias_hh.new_zeros(hidden_size)])
+    hidden_size = bias_hh.shape[-1] // 3
+    bias = functional.pad(bias_hh[..., : 2 * hidden_size], (0, hidden_size))
     return bias if bias_ih is None else bias + bias_ih
 
 
@@ -218,14 +225,17 @@ def _gru(
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
     lengths: Tensor | None,
-    reverse: bool,
+    reverse: bool | None,
     recompute_gates: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """States, final state, and the buffer of activated gates that the kernels' module describes; empty if not kept."""
+    """States, final state, and the buffer of activated gates that the kernels' module describes; empty if not kept.
+
+    On Triton ``reverse`` may be None: both directions, along a leading dimension of states, weights and results.
+    """
     steps, batch, _ = input.shape
-    hidden_size = weight_hh.shape[1]
-    gates = empty((steps, batch, 4 * hidden_size), input.dtype, input.device)
+    *both, _, hidden_size = weight_hh.shape
+    gates = empty((*both, steps, batch, 4 * hidden_size), input.dtype, input.device)
     bias = _projection_bias(bias_ih, bias_hh)
     nothing = input.new_empty(0)
     if backend == "eager":
@@ -236,7 +246,10 @@ def _gru(
         linear(packed, weight_ih, bias, out=kept[:, hidden_size:])
         states, h_n = eager.forward(kept, rows.sorted(h_0), weight_hh, bias_hh, rows.counts, reverse)
         return rows.padded(states), rows.unsorted(h_n), nothing if recompute_gates else gates
-    linear(input.flatten(0, 1), weight_ih, bias, out=gates.flatten(0, 1)[:, hidden_size:])
+    if reverse is None:
+        project_both(input, weight_ih, bias, gates[..., hidden_size:])
+    else:
+        linear(input.flatten(0, 1), weight_ih, bias, out=gates.flatten(0, 1)[:, hidden_size:])
     with torch.cuda.device_of(input):
         output, h_n = kernels(backend, "gru").forward(gates, h_0, weight_hh, bias_hh, lengths, reverse)
     return output, h_n, nothing if recompute_gates else gates
@@ -245,31 +258,76 @@ def _gru(
 @_gru.register_fake
 def _(input, h_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse, recompute_gates, backend):
     steps, batch, _ = input.shape
-    hidden_size = weight_hh.shape[1]
+    *both, _, hidden_size = weight_hh.shape
     return (
-        input.new_empty(steps, batch, hidden_size),
-        input.new_empty(batch, hidden_size),
-        input.new_empty(0) if recompute_gates else input.new_empty(steps, batch, 4 * hidden_size),
+        input.new_empty(*both, steps, batch, hidden_size),
+        input.new_empty(*both, batch, hidden_size),
+        input.new_empty(0) if recompute_gates else input.new_empty(*both, steps, batch, 4 * hidden_size),
     )
 
 
 def _gates_again(
     output: Tensor,
-    input: Tensor,
     h_0: Tensor,
     weight_ih: Tensor,
     weight_hh: Tensor,
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
+    input: Tensor,
     lengths: Tensor | None,
+    *,
     reverse: bool,
-) -> Tensor:
+) -> tuple[Tensor]:
     """The buffer of activated gates, (sequence_length, batch, 4 * hidden_size), from the states."""
     projected = linear(input.flatten(0, 1), weight_ih, _projection_bias(bias_ih, bias_hh)).unflatten(0, input.shape[:2])
     weights = Weights(weight_hh, None if bias_hh is None else bias_hh[2 * output.shape[-1] :])
     trace = Trace(output, h_0, None, None, None, None, None)
     recurrence = Recurrence("gru", reverse=reverse)
-    return with_gates(projected, trace, h_0, None, weights, lengths, None, recurrence).gates
+    return (with_gates(projected, trace, h_0, None, weights, lengths, None, recurrence).gates,)
+
+
+def _gradients(
+    from_input: Tensor,
+    from_state: Tensor,
+    input: Tensor,
+    weight_ih: Tensor,
+    weight_gradient: Callable[[Tensor], Tensor],
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of ``input``, both weights and both biases; empty where not needed."""
+    needs_input, needs_weight_ih, needs_weight_hh, needs_bias_ih, needs_bias_hh = needs
+    grad_input, grad_weight_ih, grad_bias_ih = projection_gradients(
+        from_input, input, weight_ih, (needs_input, needs_weight_ih, needs_bias_ih)
+    )
+    grad_weight_hh, grad_bias_hh = input.new_empty(0), input.new_empty(0)
+    # The parts of the buffer stand in the order (n, r, z), the rows of the weights in (r, z, n).
+    hidden_size = from_state.shape[-1] // 3
+    if needs_weight_hh:
+        grad_weight_hh = weight_gradient(from_state).roll(-hidden_size, 0)
+    if needs_bias_hh:
+        grad_bias_hh = from_state.flatten(0, -2).sum(0).roll(-hidden_size, 0)
+    return grad_input, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh
+
+
+def _layer_gradients(
+    gradient: Tensor,
+    output: Tensor,
+    h_0: Tensor,
+    weight_ih: Tensor,
+    input: Tensor,
+    lengths: Tensor | None,
+    needs: Sequence[bool],
+    *,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What :func:`_gradients` returns, of a direction on Triton."""
+
+    def weight_gradient(from_state):
+        return recurrent_weight_gradient(from_state, output, h_0, lengths, reverse)
+
+    hidden_size = output.shape[-1]
+    from_input, from_state = gradient[..., hidden_size:], gradient[..., : 3 * hidden_size]
+    return _gradients(from_input, from_state, input, weight_ih, weight_gradient, needs)
 
 
 @torch.library.custom_op("rnnkernels::gru_backward", mutates_args=())
@@ -285,53 +343,55 @@ def _gru_backward(
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
     lengths: Tensor | None,
-    reverse: bool,
+    reverse: bool | None,
     recompute_gates: bool,
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, h_0, both weights and both biases; empty where ``needs`` says that nobody asks."""
-    hidden_size = output.shape[-1]
     if recompute_gates:
-        gates = _gates_again(output, input, h_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse)
-    rows = packing(lengths if backend == "eager" else None, *input.shape[:2])
-    values, first, states = rows.packed(input), rows.sorted(h_0), rows.packed(output)
-    if backend == "eager":
-        kept = rows.packed(gates) if recompute_gates else gates.flatten(0, 1)[: len(values)]
-        gradient, grad_h_0 = eager.backward(
-            rows.packed(grad_output), rows.sorted(grad_h_n), states, kept, first, weight_hh, rows.counts, reverse
-        )
-    else:
+        known = output, h_0, weight_ih, weight_hh, bias_ih, bias_hh
+        if reverse is None:
+            (gates,) = one_after_the_other(_gates_again, known, input, lengths)
+        else:
+            (gates,) = _gates_again(*known, input, lengths, reverse=reverse)
+    wanted = [needs[0], *needs[2:]]
+    if backend != "eager":
         with torch.cuda.device_of(input):
             gradient, grad_h_0 = kernels(backend, "gru").backward(
                 grad_output, grad_h_n, output, gates, h_0, weight_hh, lengths, reverse
             )
-        gradient, values = gradient.flatten(0, 1), without_padding(input, lengths).flatten(0, 1)
-    from_input, from_state = gradient[:, hidden_size:], gradient[:, : 3 * hidden_size]
-    if backend == "eager" and wants_contiguous_rows(hidden_size):
-        from_input, from_state = from_input.contiguous(), from_state.contiguous()
-    needs_input, _, needs_weight_ih, needs_weight_hh, needs_bias_ih, needs_bias_hh = needs
-    grad_input, grad_weight_ih, grad_bias_ih = projection_gradients(
-        from_input, values, weight_ih, (needs_input, needs_weight_ih, needs_bias_ih)
+        grad_input, *of_weights = of_directions(
+            _layer_gradients,
+            (gradient, output, h_0, weight_ih),
+            without_padding(input, lengths),
+            lengths,
+            needs=wanted,
+            reverse=reverse,
+        )
+        return grad_input, grad_h_0, *of_weights
+    hidden_size = output.shape[-1]
+    rows = packing(lengths, *input.shape[:2])
+    values, first, states = rows.packed(input), rows.sorted(h_0), rows.packed(output)
+    kept = rows.packed(gates) if recompute_gates else gates.flatten(0, 1)[: len(values)]
+    gradient, grad_h_0 = eager.backward(
+        rows.packed(grad_output), rows.sorted(grad_h_n), states, kept, first, weight_hh, rows.counts, reverse
     )
-    grad_weight_hh, grad_bias_hh = input.new_empty(0), input.new_empty(0)
-    # The parts of the buffer stand in the order (n, r, z), the rows of the weights in (r, z, n).
-    if needs_weight_hh and backend == "eager":
-        grad_weight_hh = eager_weight_gradient(from_state, states, first, rows.counts, reverse).roll(-hidden_size, 0)
-    elif needs_weight_hh:
-        from_state_padded = from_state.unflatten(0, input.shape[:2])
-        grad_weight_hh = recurrent_weight_gradient(from_state_padded, output, h_0, lengths, reverse)
-        grad_weight_hh = grad_weight_hh.roll(-hidden_size, 0)
-    if needs_bias_hh:
-        grad_bias_hh = from_state.sum(0).roll(-hidden_size, 0)
-    grad_input = rows.padded(grad_input) if needs_input else grad_input
-    return grad_input, rows.unsorted(grad_h_0), grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh
+    from_input, from_state = gradient[:, hidden_size:], gradient[:, : 3 * hidden_size]
+    if wants_contiguous_rows(hidden_size):
+        from_input, from_state = from_input.contiguous(), from_state.contiguous()
+
+    def weight_gradient(from_state):
+        return eager_weight_gradient(from_state, states, first, rows.counts, reverse)
+
+    grad_input, *of_weights = _gradients(from_input, from_state, values, weight_ih, weight_gradient, wanted)
+    return rows.padded(grad_input) if needs[0] else grad_input, rows.unsorted(grad_h_0), *of_weights
 
 
 @_gru_backward.register_fake
 def _(grad_output, grad_h_n, output, gates, input, h_0, weight_ih, weight_hh, *biases_and_options, **named):
     needs = named["needs"] if "needs" in named else biases_and_options[-1]
-    bias = weight_hh.shape[:1]
+    bias = weight_hh.shape[:-1]
     shapes = (input.shape, h_0.shape, weight_ih.shape, weight_hh.shape, bias, bias)
     kept = (False, True, False, False, False, False)
     return tuple(
@@ -354,7 +414,7 @@ def _backward(ctx, *gradients):
     needs = list(ctx.needs_input_grad[:6])
     if torch.is_grad_enabled():
         tensors = (input, h_0, weight_ih, weight_hh, bias_ih, bias_hh)
-        results = reference.gru(*tensors, reverse=ctx.options["reverse"], lengths=lengths)
+        results = results_of(reference.gru, input, tensors[1:], reverse=ctx.options["reverse"], lengths=lengths)
         gradients = differentiable_gradients(results, tensors, needs, (grad_output, grad_h_n))
     else:
         gradients = torch.ops.rnnkernels.gru_backward(

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rnnkernels import reference
+from rnnkernels.kernels.directions import each_direction
 from rnnkernels.kernels.eager import onednn
 from rnnkernels.kernels.eager.general import with_gates
 from rnnkernels.kernels.eager.variable_length import padding, reversed_within
@@ -17,10 +18,11 @@ from rnnkernels.ops._sequence import (
     differentiable_gradients,
     given,
     kernels,
+    layer_gradients,
+    of_directions,
     project,
     project_normalized,
-    projection_gradients,
-    recurrent_weight_gradient,
+    results_of,
     transformed,
     without_padding,
 )
@@ -404,11 +406,14 @@ def _lstm(
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
     lengths: Tensor | None,
-    reverse: bool,
+    reverse: bool | None,
     recompute_gates: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """States, final states, activated gates, empty if not kept, and all cell states."""
+    """States, final states, activated gates, empty if not kept, and all cell states.
+
+    On Triton ``reverse`` may be None: both directions, along a leading dimension of states, weights and results.
+    """
     gates = project(input, weight_ih, bias_ih, bias_hh)
     with torch.cuda.device_of(input):
         output, h_n, c_n, cells = kernels(backend, "lstm").forward(gates, h_0, c_0, weight_hh, lengths, reverse)
@@ -418,14 +423,32 @@ def _lstm(
 @_lstm.register_fake
 def _(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse, recompute_gates, backend):
     steps, batch, _ = input.shape
-    hidden_size = weight_hh.shape[1]
+    *both, _, hidden_size = weight_hh.shape
     return (
-        input.new_empty(steps, batch, hidden_size),
-        input.new_empty(batch, hidden_size),
-        input.new_empty(batch, hidden_size),
-        input.new_empty(0) if recompute_gates else input.new_empty(steps, batch, 4 * hidden_size),
-        input.new_empty(steps, batch, hidden_size, dtype=torch.promote_types(input.dtype, torch.float32)),
+        input.new_empty(*both, steps, batch, hidden_size),
+        input.new_empty(*both, batch, hidden_size),
+        input.new_empty(*both, batch, hidden_size),
+        input.new_empty(0) if recompute_gates else input.new_empty(*both, steps, batch, 4 * hidden_size),
+        input.new_empty(*both, steps, batch, hidden_size, dtype=torch.promote_types(input.dtype, torch.float32)),
     )
+
+
+def _activate_again(
+    gates: Tensor,
+    output: Tensor,
+    cells: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weight_hh: Tensor,
+    lengths: Tensor | None,
+    *,
+    reverse: bool,
+) -> tuple[()]:
+    """Turn ``gates``, which hold the projected input, into the activated gates, from the states."""
+    trace = Trace(output, h_0, c_0, gates, cells, None, None)
+    recurrence = Recurrence("lstm", reverse=reverse)
+    with_gates(gates, trace, h_0, c_0, Weights(weight_hh), lengths, None, recurrence, gates=gates)
+    return ()
 
 
 @torch.library.custom_op("rnnkernels::lstm_backward", mutates_args=())
@@ -444,7 +467,7 @@ def _lstm_backward(
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
     lengths: Tensor | None,
-    reverse: bool,
+    reverse: bool | None,
     recompute_gates: bool,
     backend: str,
     needs: list[bool],
@@ -452,30 +475,31 @@ def _lstm_backward(
     """Gradients of input, both states, both weights and a bias; empty where ``needs`` says that nobody asks."""
     if recompute_gates:
         gates = project(input, weight_ih, bias_ih, bias_hh)
-        trace = Trace(output, h_0, c_0, gates, cells, None, None)
-        recurrence = Recurrence("lstm", reverse=reverse)
-        with_gates(gates, trace, h_0, c_0, Weights(weight_hh), lengths, None, recurrence, gates=gates)
+        known = gates, output, cells, h_0, c_0, weight_hh
+        if reverse is None:
+            each_direction(_activate_again, known, lengths)
+        else:
+            _activate_again(*known, lengths, reverse=reverse)
     with torch.cuda.device_of(input):
         grad_gates, grad_h_0, grad_c_0 = kernels(backend, "lstm").backward(
             grad_output, grad_h_n, grad_c_n, output, gates, cells, h_0, c_0, weight_hh, lengths, reverse
         )
-    needs_input, needs_weight_ih, needs_weight_hh, needs_bias = needs
-    grad_input, grad_weight_ih, grad_bias = projection_gradients(
-        grad_gates, without_padding(input, lengths), weight_ih, (needs_input, needs_weight_ih, needs_bias)
+    grad_input, *of_weights = of_directions(
+        layer_gradients,
+        (grad_gates, output, h_0, weight_ih, weight_hh),
+        without_padding(input, lengths),
+        lengths,
+        needs=needs,
+        reverse=reverse,
     )
-    grad_weight_hh = (
-        recurrent_weight_gradient(grad_gates, output, h_0, lengths, reverse)
-        if needs_weight_hh
-        else weight_hh.new_empty(0)
-    )
-    return grad_input, grad_h_0, grad_c_0, grad_weight_ih, grad_weight_hh, grad_bias
+    return grad_input, grad_h_0, grad_c_0, *of_weights
 
 
 @_lstm_backward.register_fake
 def _(grad_output, grad_h_n, grad_c_n, output, gates, cells, input, h_0, c_0, weight_ih, weight_hh, *options, **named):
     needs = named["needs"] if "needs" in named else options[-1]
     needs_input, needs_weight_ih, needs_weight_hh, needs_bias = needs
-    shapes = (input.shape, h_0.shape, c_0.shape, weight_ih.shape, weight_hh.shape, weight_hh.shape[:1])
+    shapes = (input.shape, h_0.shape, c_0.shape, weight_ih.shape, weight_hh.shape, weight_hh.shape[:-1])
     wanted = (needs_input, True, True, needs_weight_ih, needs_weight_hh, needs_bias)
     return tuple(input.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))
 
@@ -495,7 +519,7 @@ def _backward(ctx, *gradients):
     input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh = tensors
     needs = list(ctx.needs_input_grad[:7])
     if torch.is_grad_enabled():
-        results = reference.lstm(*tensors, reverse=ctx.options["reverse"], lengths=lengths)
+        results = results_of(reference.lstm, input, tensors[1:], reverse=ctx.options["reverse"], lengths=lengths)
         gradients = differentiable_gradients(results, tensors, needs, (grad_output, grad_h_n, grad_c_n))
         return *gradients, *[None] * 4
     *gradients, grad_bias = torch.ops.rnnkernels.lstm_backward(

@@ -12,10 +12,12 @@ from rnnkernels.ops._general import check_options, run
 from rnnkernels.ops._sequence import (
     differentiable_gradients,
     kernels,
+    layer_gradients,
+    of_directions,
     project,
     project_normalized,
     projection_gradients,
-    recurrent_weight_gradient,
+    results_of,
     transformed,
     without_padding,
 )
@@ -175,9 +177,13 @@ def _rnn(
     bias_hh: Tensor | None,
     lengths: Tensor | None,
     nonlinearity: str,
-    reverse: bool,
+    reverse: bool | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    """States and final state.
+
+    On Triton ``reverse`` may be None: both directions, along a leading dimension of states, weights and results.
+    """
     if backend == "eager":
         rows = packing(lengths, *input.shape[:2])
         states = project(rows.packed(input), weight_ih, bias_ih, bias_hh)
@@ -192,8 +198,8 @@ def _rnn(
 @_rnn.register_fake
 def _(input, h_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, nonlinearity, reverse, backend):
     steps, batch, _ = input.shape
-    hidden_size = weight_hh.shape[1]
-    return input.new_empty(steps, batch, hidden_size), input.new_empty(batch, hidden_size)
+    *both, _, hidden_size = weight_hh.shape
+    return input.new_empty(*both, steps, batch, hidden_size), input.new_empty(*both, batch, hidden_size)
 
 
 @torch.library.custom_op("rnnkernels::rnn_backward", mutates_args=())
@@ -207,14 +213,12 @@ def _rnn_backward(
     weight_hh: Tensor,
     lengths: Tensor | None,
     nonlinearity: str,
-    reverse: bool,
+    reverse: bool | None,
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, h_0, weight_ih, weight_hh and a bias; empty where ``needs`` says that nobody asks."""
     needs_input, _, needs_weight_ih, needs_weight_hh, needs_bias = needs
-    projection_needs = needs_input, needs_weight_ih, needs_bias
-    grad_weight_hh = weight_hh.new_empty(0)
     if backend == "eager":
         rows = packing(lengths, *input.shape[:2])
         states = rows.packed(output)
@@ -222,8 +226,9 @@ def _rnn_backward(
             rows.packed(grad_output), rows.sorted(grad_h_n), states, weight_hh, rows.counts, nonlinearity, reverse
         )
         grad_input, grad_weight_ih, grad_bias = projection_gradients(
-            gradient, rows.packed(input), weight_ih, projection_needs
+            gradient, rows.packed(input), weight_ih, (needs_input, needs_weight_ih, needs_bias)
         )
+        grad_weight_hh = weight_hh.new_empty(0)
         if needs_weight_hh:
             grad_weight_hh = eager_weight_gradient(gradient, states, rows.sorted(h_0), rows.counts, reverse)
         grad_input = rows.padded(grad_input) if needs_input else grad_input
@@ -232,17 +237,20 @@ def _rnn_backward(
         gradient, grad_h_0 = kernels(backend, "rnn").backward(
             grad_output, grad_h_n, output, weight_hh, lengths, nonlinearity, reverse
         )
-    grad_input, grad_weight_ih, grad_bias = projection_gradients(
-        gradient, without_padding(input, lengths), weight_ih, projection_needs
+    grad_input, *of_weights = of_directions(
+        layer_gradients,
+        (gradient, output, h_0, weight_ih, weight_hh),
+        without_padding(input, lengths),
+        lengths,
+        needs=(needs_input, needs_weight_ih, needs_weight_hh, needs_bias),
+        reverse=reverse,
     )
-    if needs_weight_hh:
-        grad_weight_hh = recurrent_weight_gradient(gradient, output, h_0, lengths, reverse)
-    return grad_input, grad_h_0, grad_weight_ih, grad_weight_hh, grad_bias
+    return grad_input, grad_h_0, *of_weights
 
 
 @_rnn_backward.register_fake
 def _(grad_output, grad_h_n, output, input, h_0, weight_ih, weight_hh, lengths, nonlinearity, reverse, backend, needs):
-    shapes = (input.shape, h_0.shape, weight_ih.shape, weight_hh.shape, weight_hh.shape[:1])
+    shapes = (input.shape, h_0.shape, weight_ih.shape, weight_hh.shape, weight_hh.shape[:-1])
     always = (False, True, False, False, False)
     return tuple(
         input.new_empty(shape if need or kept else 0) for shape, need, kept in zip(shapes, needs, always, strict=True)
@@ -261,7 +269,7 @@ def _backward(ctx, grad_output, grad_h_n):
     needs = list(ctx.needs_input_grad[:6])
     if torch.is_grad_enabled():
         options = {name: ctx.options[name] for name in ("nonlinearity", "reverse")}
-        results = reference.rnn(*tensors, lengths=lengths, **options)
+        results = results_of(reference.rnn, input, tensors[1:], lengths=lengths, **options)
         gradients = differentiable_gradients(results, tensors, needs, (grad_output, grad_h_n))
         return *gradients, None, None, None, None
     grad_input, grad_h_0, grad_weight_ih, grad_weight_hh, grad_bias = torch.ops.rnnkernels.rnn_backward(

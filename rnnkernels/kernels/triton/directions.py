@@ -7,8 +7,6 @@ end: a *lane* for each direction. A kernel for two lanes learns its direction fr
 Where no design holds two lanes, one direction runs after the other.
 """
 
-from collections.abc import Callable, Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -28,13 +26,6 @@ def lane_and_direction(REVERSE: tl.constexpr):
 def lanes_of(reverse: bool | None) -> int:
     """Directions that run."""
     return 2 if reverse is None else 1
-
-
-def each_direction(run: Callable[..., Sequence[Tensor]], tensors: Sequence[Tensor | None], *others) -> list[Tensor]:
-    """What ``run`` returns for one direction after the other, along a leading dimension; it writes where it is told."""
-    pairs = zip(*((None, None) if tensor is None else tensor.unbind(0) for tensor in tensors), strict=True)
-    results = [run(*direction, *others, reverse) for direction, reverse in zip(pairs, (False, True), strict=True)]
-    return [torch.stack(both) for both in zip(*results, strict=True)]
 
 
 def last_taken(sequence: Tensor, reverse: bool | None) -> Tensor:

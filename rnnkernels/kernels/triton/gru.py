@@ -12,9 +12,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from rnnkernels.kernels.directions import one_after_the_other
 from rnnkernels.kernels.eager.variable_length import order_of_steps
 from rnnkernels.kernels.triton.barrier import arrive, wait
-from rnnkernels.kernels.triton.directions import each_direction, lane_and_direction, lanes_of
+from rnnkernels.kernels.triton.directions import lane_and_direction, lanes_of
 from rnnkernels.kernels.triton.dispatch import Persistent, Resident, choose, input_precision, step_design
 from rnnkernels.kernels.triton.launch import RUNTIME as STEP
 from rnnkernels.kernels.triton.launch import (
@@ -691,7 +692,7 @@ def _forward(
             return (state_after(exchange, sequence_length, h_0),)
         design = step_design("gru", hidden_size, batch)
     if design.lanes < lanes:
-        return each_direction(_forward, (gates, h_0, weights, bias_n, output), lengths)
+        return one_after_the_other(_forward, (gates, h_0, weights, bias_n, output), lengths)
     if isinstance(design, Resident):
         h_n = torch.empty_like(h_0)
         forward_resident[design.grid(batch, hidden_size)](
@@ -747,7 +748,7 @@ def _backward(
             return (gradient.to(output.dtype),)
         design = step_design("gru", hidden_size, batch)
     if design.lanes < lanes:
-        return each_direction(_backward, (grad_output, grad_h_n, output, gates, h_0, weights, grad_gates), lengths)
+        return one_after_the_other(_backward, (grad_output, grad_h_n, output, gates, h_0, weights, grad_gates), lengths)
     if isinstance(design, Resident):
         grad_h_0 = torch.empty_like(grad_h_n)
         backward_resident[design.grid(batch, hidden_size)](

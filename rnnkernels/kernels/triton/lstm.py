@@ -13,9 +13,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from rnnkernels.kernels.directions import one_after_the_other
 from rnnkernels.kernels.eager.variable_length import order_of_steps
 from rnnkernels.kernels.triton.barrier import arrive, wait
-from rnnkernels.kernels.triton.directions import each_direction, lane_and_direction, lanes_of, last_taken
+from rnnkernels.kernels.triton.directions import lane_and_direction, lanes_of, last_taken
 from rnnkernels.kernels.triton.dispatch import Persistent, Resident, choose, input_precision, step_design
 from rnnkernels.kernels.triton.launch import RUNTIME as STEP
 from rnnkernels.kernels.triton.launch import (
@@ -770,7 +771,7 @@ def _forward(
             return h_n, c_n.to(c_0.dtype, copy=True)
         design = step_design("lstm", hidden_size, batch)
     if design.lanes < lanes:
-        return each_direction(_forward, (gates, h_0, c_0, weights, output, cells), lengths)
+        return one_after_the_other(_forward, (gates, h_0, c_0, weights, output, cells), lengths)
     if isinstance(design, Resident):
         h_n, c_n = torch.empty_like(h_0), torch.empty_like(c_0)
         forward_resident[design.grid(batch, hidden_size)](
@@ -846,7 +847,7 @@ def _backward(
         design = step_design("lstm", hidden_size, batch)
     if design.lanes < lanes:
         tensors = grad_output, grad_h_n, grad_c_n, gates, cells, c_0, weights, grad_gates
-        return each_direction(_backward, tensors, lengths)
+        return one_after_the_other(_backward, tensors, lengths)
     if isinstance(design, Resident):
         grad_h_0, grad_c_0 = torch.empty_like(grad_h_n), torch.empty_like(grad_c_n)
         backward_resident[design.grid(batch, hidden_size)](

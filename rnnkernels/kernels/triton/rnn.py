@@ -20,9 +20,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from rnnkernels.kernels.directions import one_after_the_other
 from rnnkernels.kernels.eager.variable_length import order_of_steps
 from rnnkernels.kernels.triton.barrier import arrive, wait
-from rnnkernels.kernels.triton.directions import each_direction, lane_and_direction, lanes_of
+from rnnkernels.kernels.triton.directions import lane_and_direction, lanes_of
 from rnnkernels.kernels.triton.dispatch import Persistent, Resident, choose, input_precision, step_design
 from rnnkernels.kernels.triton.launch import RUNTIME as STEP
 from rnnkernels.kernels.triton.launch import (
@@ -523,7 +524,7 @@ def _forward(
             return (state_after(exchange, sequence_length, h_0),)
         design = step_design("rnn", hidden_size, batch)
     if design.lanes < lanes:
-        return each_direction(_forward, (output, h_0, weight_hh), lengths, nonlinearity)
+        return one_after_the_other(_forward, (output, h_0, weight_hh), lengths, nonlinearity)
     if isinstance(design, Resident):
         h_n = torch.empty_like(h_0)
         forward_resident[design.grid(batch, hidden_size)](
@@ -582,7 +583,7 @@ def _backward(
         design = step_design("rnn", hidden_size, batch)
     if design.lanes < lanes:
         tensors = grad_output, grad_h_n, output, weight_hh, grad_projected
-        return each_direction(_backward, tensors, lengths, nonlinearity)
+        return one_after_the_other(_backward, tensors, lengths, nonlinearity)
     if isinstance(design, Resident):
         grad_h_0 = torch.empty_like(grad_h_n)
         backward_resident[design.grid(batch, hidden_size)](
