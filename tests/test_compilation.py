@@ -40,6 +40,8 @@ OF_LAUNCHES = ("write_table", "advance", "mask_elements")
 EVERY = ("every option",)
 HEAVIEST = {"rnn": ("tanh", True, True), "gru": ("bias", True, True), "lstm": ("plain", True, True)}
 
+BOTH_DIRECTIONS = {cell: (variant, None, True) for cell, (variant, *_) in HEAVIEST.items()}
+
 PERSISTENT_ELSEWHERE = {
     80: {("rnn", "16-bit"): (2048, (16, 32)), ("gru", "tf32"): (512, (32, 16)), ("lstm", "16-bit"): (512, (16, 32))},
     86: {("rnn", "16-bit"): (512, (16, 64)), ("gru", "16-bit"): (768, (16, 16)), ("lstm", "ieee"): (256, (16, 16))},
@@ -76,13 +78,15 @@ def cases():
                 # The direction of time changes no tile: one of the two will do, but for the heaviest.
                 if everything or options == HEAVIEST[cell] or not options[1]:
                     yield cell, capability, kind, hidden_size, batch, options
+        if everything or (capability == 90 and kind != "float16"):
+            yield cell, capability, kind, largest, 3, BOTH_DIRECTIONS[cell]
 
 
 def persistent_cases():
     """(cell, capability, type, inner_size, tile, hidden_size, (variant, reverse, has lengths)) of the persistent rows.
 
-    By default each row is compiled once for an H100, at the worst hidden size that it takes; and of each cell and type
-    the largest tile once more with every option.
+    By default each row is compiled once for an H100, at the worst hidden size that it takes; of each cell and type the
+    largest tile once more with every option, and the row of the most shared memory for both directions.
     """
     from rnnkernels.kernels.triton import dispatch
 
@@ -91,13 +95,17 @@ def persistent_cases():
     for (cell, multiplication), sizes in dispatch.PERSISTENT.items():
         rows = [(size, tile) for size, tiles in sizes.items() for tile in tiles]
         fit = [row for row in rows if (cell, multiplication, *row) not in dispatch.SPILLS_WITH_OPTIONS]
-        largest = max(fit, key=lambda row: (math.prod(row[1]), row[0]))
+        with_all = fit if everything else [max(fit, key=lambda row: (math.prod(row[1]), row[0]))]
+        in_both = rows if everything else [max(rows, key=lambda row: sizes[row[0]][row[1]])]
         for inner_size, tile in rows:
             worst = inner_size - (not dispatch.needs_aligned_rows(cell, multiplication, inner_size, tile))
+            chosen = [*(OPTIONS[cell] if everything else [HEAVIEST[cell]])]
+            chosen += [EVERY] * ((inner_size, tile) in with_all) + [BOTH_DIRECTIONS[cell]] * (
+                (inner_size, tile) in in_both
+            )
             for kind in kinds.get(multiplication, ("float32 ieee",)):
-                with_all = [EVERY] * ((inner_size, tile) in (fit if everything else [largest]))
                 for hidden_size in (worst, inner_size) if everything and worst < inner_size else (worst,):
-                    for options in [*(OPTIONS[cell] if everything else [HEAVIEST[cell]]), *with_all]:
+                    for options in chosen:
                         yield cell, 90, kind, inner_size, tile, hidden_size, options
     for capability, rows in PERSISTENT_ELSEWHERE.items():
         for (cell, multiplication), (inner_size, tile) in rows.items():
@@ -117,22 +125,23 @@ def launch(cell, hidden_size, batch, dtype, variant="tanh", reverse=False, has_l
     import torch
 
     module = importlib.import_module(f"rnnkernels.kernels.triton.{cell}")
-    sequence = torch.zeros(sequence_length, batch, hidden_size, dtype=dtype)
-    state = sequence[0]
+    both = (2,) if reverse is None else ()
+    sequence = torch.zeros(*both, sequence_length, batch, hidden_size, dtype=dtype)
+    state = sequence.select(-3, 0)
     lengths = torch.ones(batch, dtype=torch.int64) if has_lengths else None
     if cell == "rnn":
-        weight = torch.zeros(hidden_size, hidden_size, dtype=dtype)
+        weight = torch.zeros(*both, hidden_size, hidden_size, dtype=dtype)
         module.forward(sequence, state, weight, lengths, variant, reverse)
         module.backward(sequence, state, sequence, weight, lengths, variant, reverse)
     elif cell == "lstm":
-        weight = torch.zeros(4 * hidden_size, hidden_size, dtype=dtype)
-        gates = torch.zeros(sequence_length, batch, 4 * hidden_size, dtype=dtype)
+        weight = torch.zeros(*both, 4 * hidden_size, hidden_size, dtype=dtype)
+        gates = torch.zeros(*both, sequence_length, batch, 4 * hidden_size, dtype=dtype)
         *_, cells = module.forward(gates, state, state, weight, lengths, reverse)
         module.backward(sequence, state, state, sequence, gates, cells, state, state, weight, lengths, reverse)
     else:
-        weight = torch.zeros(3 * hidden_size, hidden_size, dtype=dtype)
-        gates = torch.zeros(sequence_length, batch, 4 * hidden_size, dtype=dtype)
-        bias = None if variant == "no bias" else weight[:, 0]
+        weight = torch.zeros(*both, 3 * hidden_size, hidden_size, dtype=dtype)
+        gates = torch.zeros(*both, sequence_length, batch, 4 * hidden_size, dtype=dtype)
+        bias = None if variant == "no bias" else weight[..., 0]
         module.forward(gates, state, weight, bias, lengths, reverse)
         module.backward(sequence, state, sequence, gates, state, weight, lengths, reverse)
 
@@ -274,7 +283,8 @@ def compile_persistent(case):
     dtype = getattr(torch, kind.split()[0])
     torch.set_float32_matmul_precision(TYPES[kind])
     block_inner = dispatch.inner_block(inner_size, multiplication_of(kind))
-    design = dispatch.Persistent(block_batch, block_hidden, block_inner, inner_size // block_inner)
+    lanes = 2 if None in options else 1
+    design = dispatch.Persistent(block_batch, block_hidden, block_inner, inner_size // block_inner, lanes=lanes)
     module = importlib.import_module(f"rnnkernels.kernels.triton.{cell}")
     with (
         offline.absent_gpu(capability) as launches,
