@@ -23,12 +23,18 @@ def triton_kernels(operator: str) -> ModuleType:
 def forced(operator: str, design) -> Iterator[None]:
     """Let the Triton kernels of an operator run with a design, whatever the dispatch would choose; None: its choice.
 
-    A cell with options runs on the kernels of a step where this is not a persistent design.
+    A cell with options runs on the kernels of a step where this is not a persistent design; for another number of
+    directions than it has lanes, there is one launch a step.
     """
+    from rnnkernels.kernels.triton import dispatch
+
+    def forced_choice(cell, hidden_size, batch, dtype, device, lanes=1):
+        return design if design.lanes == lanes else dispatch.step_design(cell, hidden_size, batch)
+
     kernels, general = triton_kernels(operator), triton_kernels("general")
     choose, with_options = kernels.choose, general.persistent_design
     if design is not None:  # plain assignments, since this is within what is timed
-        kernels.choose = lambda *_: design
+        kernels.choose = forced_choice
         general.persistent_design = lambda *_: design if isinstance(design, general.Persistent) else None
     try:
         with _backend.use_backend("triton"):
@@ -54,7 +60,7 @@ def designs_for(case: dict, device: torch.device, *batches: int) -> list:
     if case.get("option") is not None:
         persistent = None if case["option"] in BY_STEPS else dispatch.persistent_design(*sizes)
         return [*filter(None, [persistent]), dispatch.pointwise(hidden_size, whole_rows=False)]
-    found = dispatch.designs(*sizes)
+    found = dispatch.designs(*sizes, case.get("directions", 1))
     return list(dict.fromkeys(found + [dispatch.step_design(operator, hidden_size, batch) for batch in batches]))
 
 
@@ -80,14 +86,19 @@ def exact_pass(
     return gradients.gates, kept
 
 
+def _reverse(weight_hh: Tensor) -> bool | None:
+    """What the kernels take as their direction: the forward one, or None for the weights of both."""
+    return None if weight_hh.dim() == 3 else False
+
+
 def forward(operator: str, buffer: Tensor, initial: list[Tensor], weight_hh: Tensor) -> list[Tensor]:
     """The states, and what else the backward pass reads; ``buffer`` holds the projected input, and receives gates."""
     kernels = triton_kernels(operator)
     if operator == "rnn":
-        kernels.forward(buffer, *initial, weight_hh, None, "tanh", False)
+        kernels.forward(buffer, *initial, weight_hh, None, "tanh", _reverse(weight_hh))
         return [buffer]
     bias = [None] if operator == "gru" else []
-    output, *_, cells = kernels.forward(buffer, *initial, weight_hh, *bias, None, False)
+    output, *_, cells = kernels.forward(buffer, *initial, weight_hh, *bias, None, _reverse(weight_hh))
     return [output, buffer] if operator == "gru" else [output, buffer, cells]
 
 
@@ -95,22 +106,30 @@ def backward(operator: str, outer: Tensor, kept: list[Tensor], initial: list[Ten
     """The gradient of the projected input, from that of the states and of the final states (some numbers)."""
     kernels = triton_kernels(operator)
     if operator == "rnn":
-        return kernels.backward(outer, *initial, *kept, weight_hh, None, "tanh", False)[0]
-    return kernels.backward(outer, *initial, *kept, *initial, weight_hh, None, False)[0]
+        return kernels.backward(outer, *initial, *kept, weight_hh, None, "tanh", _reverse(weight_hh))[0]
+    return kernels.backward(outer, *initial, *kept, *initial, weight_hh, None, _reverse(weight_hh))[0]
 
 
 def data_of(case: dict, device: torch.device) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Random initial states, recurrent weights, buffer with the projected input, and gradient of the states."""
+    """Random initial states, recurrent weights, buffer with the projected input, and gradient of the states.
+
+    Of both directions along a leading dimension, where the case has two ``directions``.
+    """
     torch.manual_seed(0)
     operator, dtype = case["operator"], getattr(torch, case["dtype"])
     steps, batch, hidden_size = case["sequence_length"], case["batch"], case["hidden_size"]
-    arguments = OPERATORS[operator](1, batch, 1, hidden_size)
-    initial = [arguments[name].to(device, dtype) for name in ("h_0", "c_0") if name in arguments]
-    weight_hh = arguments["weight_hh"].to(device, dtype)
+    directions = case.get("directions", 1)
+    both = (2,) if directions == 2 else ()
+    drawn = [OPERATORS[operator](1, batch, 1, hidden_size) for _ in range(directions)]
+    *initial, weight_hh = (
+        torch.stack([arguments[name] for arguments in drawn]).view(*both, *drawn[0][name].shape).to(device, dtype)
+        for name in ("h_0", "c_0", "weight_hh")
+        if name in drawn[0]
+    )
     # The GRU's kernels take a buffer with room for one part more, in front of the projected input.
-    width = weight_hh.shape[0] + hidden_size * (operator == "gru")
-    projected = torch.randn(steps, batch, width, device=device).to(dtype)
-    outer = torch.randn(steps, batch, hidden_size, device=device).to(dtype)
+    width = weight_hh.shape[-2] + hidden_size * (operator == "gru")
+    projected = torch.randn(*both, steps, batch, width, device=device).to(dtype)
+    outer = torch.randn(*both, steps, batch, hidden_size, device=device).to(dtype)
     return initial, weight_hh, projected, outer
 
 

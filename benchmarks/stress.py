@@ -180,11 +180,15 @@ def sizes_of(rehearsal: bool) -> tuple[dict, tuple[dict, ...]]:
 
 
 def passes(sizes: tuple[dict, ...], device: torch.device) -> Iterator[tuple[dict, object]]:
-    """Every operator and pass, in every design that there is for it."""
+    """Every operator and pass, in every design that there is for it, and in every one that holds both directions."""
     for size, operator, direction in itertools.product(sizes, OPERATORS, PASSES):
         case = {**size, "operator": operator, "pass": direction}
         for design in designs.designs_for(case, device):
             yield case, design
+        case = {**case, "directions": 2}
+        for design in designs.designs_for(case, device):
+            if design.lanes == 2:
+                yield case, design
 
 
 def tasks(device: torch.device) -> Iterator[tuple[dict, Callable[[float], dict]]]:

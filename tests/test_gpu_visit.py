@@ -411,10 +411,11 @@ def test_a_refused_launch_does_not_pass_for_the_design(monkeypatch, kernel_devic
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_other_bits_under_load_are_seen(monkeypatch, direction, kernel_device):
-    case = {**stress.TINY, "operator": "lstm", "pass": direction}
+@pytest.mark.parametrize(("direction", "directions"), [("forward", 1), ("backward", 1), ("backward", 2)])
+def test_other_bits_under_load_are_seen(monkeypatch, direction, directions, kernel_device):
+    case = {**stress.TINY, "operator": "lstm", "pass": direction, "directions": directions}
     design = designs.designs_for(case, kernel_device)[0]
+    assert design.lanes == directions
     found = stress.soak(case, design, kernel_device, steps=10, seconds=math.inf)
     assert found == {"status": "agrees", "reason": None, "runs": 3}
     assert stress.soak(case, design, kernel_device, steps=100, seconds=0.0)["status"] == "skipped"

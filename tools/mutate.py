@@ -50,6 +50,7 @@ SUITES = {
         "second_gradients",
     ),
     "eager": ("tests/test_eager.py", ""),
+    "directions": ("tests/test_directions.py", "(match_torch and unsorted) or a_process or twice"),
     "persistent": ("tests/test_persistent.py", "(direction and unsorted) or a_process or (every_size and 129)"),
     "persistent options": ("tests/test_persistent_options.py", "every_option or lengths_resets or clipped"),
 }
@@ -343,18 +344,18 @@ MUTATIONS = [
         ("gru: bias of the input left out", "return bias if bias_ih is None else bias + bias_ih", "return bias"),
         (
             "gru: gradient of the state's bias not rolled",
-            "grad_bias_hh = from_state.sum(0).roll(-hidden_size, 0)",
-            "grad_bias_hh = from_state.sum(0)",
+            "grad_bias_hh = from_state.flatten(0, -2).sum(0).roll(-hidden_size, 0)",
+            "grad_bias_hh = from_state.flatten(0, -2).sum(0)",
         ),
         (
             "gru: gradient of the weight not rolled",
-            "states, first, rows.counts, reverse).roll(-hidden_size, 0)",
-            "states, first, rows.counts, reverse)",
+            "weight_gradient(from_state).roll(-hidden_size, 0)",
+            "weight_gradient(from_state)",
         ),
         (
             "gru: gradient of h_0 in the wrong order",
-            "return grad_input, rows.unsorted(grad_h_0)",
-            "return grad_input, grad_h_0",
+            "else grad_input, rows.unsorted(grad_h_0)",
+            "else grad_input, grad_h_0",
         ),
         (
             "gru: native forward not turned round",
@@ -383,8 +384,8 @@ MUTATIONS = [
         "second",
         (
             "rnn: second gradients forget the lengths",
-            "results = reference.rnn(*tensors, lengths=lengths, **options)",
-            "results = reference.rnn(*tensors, **options)",
+            "results = results_of(reference.rnn, input, tensors[1:], lengths=lengths, **options)",
+            "results = results_of(reference.rnn, input, tensors[1:], **options)",
         ),
     ),
     *of(
@@ -392,8 +393,8 @@ MUTATIONS = [
         "second",
         (
             "gru: second gradients forget the direction",
-            'results = reference.gru(*tensors, reverse=ctx.options["reverse"], lengths=lengths)',
-            "results = reference.gru(*tensors, lengths=lengths)",
+            'tensors[1:], reverse=ctx.options["reverse"], lengths=lengths)',
+            "tensors[1:], reverse=False, lengths=lengths)",
         ),
     ),
     *of(
@@ -631,7 +632,7 @@ MUTATIONS = [
         ),
         (
             "modules: a backward direction that forgets one step late",
-            "_seen_from_behind(reset) if reverse and reset is not None else reset",
+            '_seen_from_behind(reset) if suffix == "_reverse" and reset is not None else reset',
             "reset",
         ),
         (
@@ -655,7 +656,7 @@ MUTATIONS = [
             "reset",
         ),
         ("modules: zoneout of the cell state not passed on", 'return {"zoneout_cell": self.zoneout_cell}', "return {}"),
-        ("modules: clipping not passed on", "grad_clip=self.grad_clip,\n                    training", "training"),
+        ("modules: clipping not passed on", "grad_clip=self.grad_clip,\n                        training", "training"),
         (
             "modules: gains not reset",
             'if name.startswith("norm"):\n                self._reset_added',
@@ -718,7 +719,7 @@ MUTATIONS = [
         "recompute",
         (
             "modules: recompute_gates not passed on",
-            "recompute_gates=self.recompute_gates,\n                    grad",
+            "recompute_gates=self.recompute_gates,\n                        grad",
             "grad",
         ),
     ),
@@ -750,13 +751,17 @@ MUTATIONS = [
             "tl.arange(0, SPLITS)[:, None] * size",
             "tl.arange(0, SPLITS)[:, None] // 2 * size",
         ),
-        ("persistent: the first step from behind", "return length == time + 1", "return length == time"),
+        (
+            "persistent: the first step from behind",
+            "tl.where(reverse, length - 1, 0) == time",
+            "tl.where(reverse, length, 0) == time",
+        ),
         (
             "persistent: no first time",
             "return (tl.zeros_like(length) + time >= 0) & (time < length)",
             "return time < length",
         ),
-        ("persistent: the state before the last", "exchange[(steps - 1) % 2,", "exchange[steps % 2,"),
+        ("persistent: the state before the last", "exchange[..., (steps - 1) % 2,", "exchange[..., steps % 2,"),
     ),
     *of(
         "kernels/triton/rnn.py",
@@ -845,6 +850,43 @@ MUTATIONS = [
             "mixed = zone_out(old_c, new_c, offset, key, zoneout_cell, STATE,",
         ),
         ("options lstm: no gradient through f's peephole", " + grad_f * peepholes[1]", ""),
+    ),
+    *of(
+        "kernels/triton/directions.py",
+        "directions",
+        ("directions: both run forward", "return lane, lane == 1", "return lane, lane == 2"),
+        ("directions: the last step of the forward one", "sequence[1, 0]", "sequence[1, -1]"),
+    ),
+    *of(
+        "kernels/directions.py",
+        "directions",
+        ("directions: forward twice", "reverse=bool(d)", "reverse=False"),
+    ),
+    *of(
+        "kernels/triton/persistent.py",
+        "directions",
+        ("directions: counters shared", "(lane * tl.num_programs(0) + tl.program_id(0))", "tl.program_id(0)"),
+        ("directions: the exchange shared", "exchange += 2 * lane * slot_size", "exchange += lane * slot_size"),
+    ),
+    *of(
+        "kernels/triton/dispatch.py",
+        "directions",
+        ("directions: half as many programs", "batch, kind, device, lanes) if batch", "batch, kind, device) if batch"),
+    ),
+    *of(
+        "kernels/triton/lstm.py",
+        "directions",
+        ("directions: one initial cell state", "    c_0 += lane * stride\n", ""),
+    ),
+    *of(
+        "kernels/triton/gru.py",
+        "directions",
+        ("directions: one initial state", ", h_0 + lane * stride", ", h_0"),
+    ),
+    *of(
+        "ops/_sequence.py",
+        "directions",
+        ("directions: half of the input's gradient", "of_input[0].add_(of_input[1])", "of_input[0]"),
     ),
     *of(
         "ops/rnn.py",
