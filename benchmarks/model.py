@@ -159,7 +159,8 @@ class Step:
     parts: dict[str, float] = field(hash=False)
     """Seconds for ``product``, ``weights``, ``gates``, ``exchange`` and ``traffic``."""
     waves: int = 1
-    """How often the multiprocessors must take all steps in turn, since the batch has more tiles than there are."""
+    """How often the multiprocessors must take all steps in turn: since the batch has more tiles than there are, or for
+    one direction after the other."""
 
     @property
     def floor(self) -> float:
@@ -216,6 +217,8 @@ class _Problem:
     multiplication: str
     device: Device
     direction: str
+    both: int
+    """Directions of a layer in the launch."""
 
     def parts(self, rows: int, units: int, weights: float, exchange: float) -> dict[str, float]:
         """Seconds for a multiprocessor that works on so many rows of the batch and hidden units."""
@@ -228,7 +231,7 @@ class _Problem:
             "weights": weights,
             "gates": 2 * activations * rows * units / SPECIAL_PER_CLOCK / device.clock,
             "exchange": exchange,
-            "traffic": moved / device.memory_bandwidth,
+            "traffic": self.both * moved / device.memory_bandwidth,
         }
 
     @property
@@ -248,7 +251,7 @@ def _resident(problem: _Problem) -> Step | None:
     needed = (GATES[problem.cell] * width + ROWS) * width * problem.size
     if needed > device.shared_memory:
         return None
-    tiles = math.ceil(problem.batch / ROWS)
+    tiles = problem.both * math.ceil(problem.batch / ROWS)
     weights = GATES[problem.cell] * width**2 * problem.size / SHARED_BYTES_PER_CLOCK / device.clock
     waves = math.ceil(tiles / device.multiprocessors)
     parts = problem.parts(ROWS, width, weights, exchange=0.0)
@@ -261,13 +264,14 @@ def _persistent(problem: _Problem) -> Step | None:
     device, found = problem.device, []
     for units in (8, 16, 32, 64):
         slices = math.ceil(problem.hidden_size / units)
+        room = device.multiprocessors // (slices * problem.both)
         held = GATES[problem.cell] * units * problem.hidden_size * problem.size
-        if slices > device.multiprocessors or held > device.shared_memory:
+        if room == 0 or held > device.shared_memory:
             continue
-        groups = min(device.multiprocessors // slices, math.ceil(problem.batch / ROWS))
+        groups = min(room, math.ceil(problem.batch / ROWS))
         rows = _up(math.ceil(problem.batch / groups), ROWS)
         weights = math.ceil(rows / 64) * held / SHARED_BYTES_PER_CLOCK / device.clock
-        read = slices * groups * rows * problem.hidden_size * problem.exchanged * problem.size
+        read = problem.both * slices * groups * rows * problem.hidden_size * problem.exchanged * problem.size
         parts = problem.parts(rows, units, weights, read / device.cache_bandwidth)
         found.append(Step("persistent", BARRIER, parts))
     return min(found, key=lambda step: step.modelled, default=None)
@@ -285,7 +289,8 @@ def _step(problem: _Problem) -> Step:
         weights = max(weights, matrix / device.memory_bandwidth)
     waves = math.ceil(tiles * slices / device.multiprocessors)
     parts = problem.parts(waves * tile, 32, weights, read / device.cache_bandwidth)
-    return Step("step", LAUNCH, parts)
+    parts["traffic"] /= problem.both  # one direction after the other
+    return Step("step", LAUNCH, parts, problem.both)
 
 
 DESIGNS = {"resident": _resident, "persistent": _persistent, "step": _step}
@@ -300,8 +305,10 @@ def step(
     design: str,
     device: Device,
     direction: str = "forward",
+    *,
+    bidirectional: bool = False,
 ) -> Step | None:
-    """The time of one step of a layer in one direction; None where the design can't hold the weights.
+    """The time of one step of a layer; None where the design can't hold the weights.
 
     Parameters
     ----------
@@ -317,6 +324,8 @@ def step(
         One of ``DEVICES``.
     direction : {"forward", "backward"}
         Which pass.
+    bidirectional : bool
+        Whether the layer runs in both directions: at once, but for the design that is launched for each step.
 
     Examples
     --------
@@ -337,7 +346,7 @@ def step(
     for name, value in (("hidden_size", hidden_size), ("batch", batch)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    return DESIGNS[design](_Problem(cell, hidden_size, batch, multiplication, device, direction))
+    return DESIGNS[design](_Problem(cell, hidden_size, batch, multiplication, device, direction, 1 + bidirectional))
 
 
 def best(cell: str, hidden_size: int, batch: int, multiplication: str, device: Device, direction: str) -> Step:
@@ -360,6 +369,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cell", choices=GATES, action="append", help="may be given again; default: all")
     parser.add_argument("--batch", type=int, default=16, help="default: 16")
     parser.add_argument("--multiplication", choices=BYTES, default="16-bit", help="default: 16-bit")
+    parser.add_argument("--bidirectional", action="store_true", help="a step of both directions of a layer")
     options = parser.parse_args(arguments)
     if options.batch < 1:
         parser.error(f"argument --batch: expected at least 1, got {options.batch}")
@@ -372,7 +382,8 @@ def main(arguments: list[str] | None = None) -> int:
             for hidden_size in HIDDEN_SIZES:
                 columns = []
                 for design in DESIGNS:
-                    found = step(cell, hidden_size, options.batch, options.multiplication, design, device, direction)
+                    size = cell, hidden_size, options.batch, options.multiplication, design, device, direction
+                    found = step(*size, bidirectional=options.bidirectional)
                     text = f"{found.floor * 1e6:.2f} {found.modelled * 1e6:.2f} {found.limit:>9}" if found else "-"
                     columns.append(f"{text:>25}")
                 print(f"{cell:5}{direction:10}{'H=' + str(hidden_size):9}" + "".join(columns))

@@ -125,3 +125,22 @@ def test_the_command(capsys):
     with pytest.raises(SystemExit):
         model.main(["--batch", "0"])
     assert "expected at least 1, got 0" in capsys.readouterr().err
+
+
+def test_both_directions_share_the_gpu():
+    h100 = model.DEVICES["H100"]
+
+    def times(hidden_size, design):
+        size = "lstm", hidden_size, 64, "16-bit", design, h100
+        return model.step(*size), model.step(*size, bidirectional=True)
+
+    for hidden_size, design in ((64, "resident"), (512, "persistent")):
+        one, both = times(hidden_size, design)
+        assert both.latency == one.latency
+        assert one.modelled <= both.modelled < 2 * one.modelled
+        assert both.parts["traffic"] == 2 * one.parts["traffic"]
+    one, both = times(512, "step")
+    assert (both.modelled, both.floor) == (2 * one.modelled, 2 * one.floor)
+    one, both = times(1536, "persistent")
+    assert one is not None
+    assert both is None

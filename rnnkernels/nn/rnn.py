@@ -329,10 +329,10 @@ class Recurrent(SequenceModule, torch.nn.RNNBase):
 
     def _both_are_plain(self) -> bool:
         """Whether there are two directions, and no argument asks for what only one direction at a time can do."""
-        at_once = ("nonlinearity", "recompute_gates", "weight_dropout")
-        options = (name for name in self._options if name not in at_once)
-        plain = all(getattr(self, name) == self._options[name] for name in options)
-        return self.bidirectional and plain and not self.proj_size
+        if not self.bidirectional or self.proj_size:
+            return False
+        served = ("nonlinearity", "recompute_gates", "weight_dropout")
+        return all(getattr(self, name) == value for name, value in self._options.items() if name not in served)
 
     def _native_may_serve(self, input: Tensor) -> bool:
         """Whether PyTorch's own operators can do what is asked for, on a CPU."""

@@ -7,10 +7,8 @@ from torch import Tensor
 
 from rnnkernels._backend import autocast_dtype, resolve
 from rnnkernels.ops._checks import check_recurrent
+from rnnkernels.ops._general import ROWS
 from rnnkernels.ops._sequence import transformed
-
-GATES = {"rnn": 1, "gru": 3, "lstm": 4}
-"""Rows of the weights for a hidden unit."""
 
 STATES = {"rnn": ("h_0",), "gru": ("h_0",), "lstm": ("h_0", "c_0")}
 
@@ -55,7 +53,7 @@ def both_directions(
     both = []
     for initial, parameters in zip(states, weights, strict=True):
         named = dict(zip(STATES[operator], initial, strict=True))
-        arguments = check_recurrent(GATES[operator], input=input, **named, **parameters, lengths=lengths, reset=None)
+        arguments = check_recurrent(ROWS[operator], input=input, **named, **parameters, lengths=lengths, reset=None)
         input, *tensors = arguments.tensors.values()  # as autocast has cast it
         lengths = arguments.lengths
         both.append(tensors)

@@ -6,6 +6,8 @@ chip, from the first step to the last. After each step they exchange what the ne
 exchanged; backward, the gradients of the gates, a result that is written anyway: the sums of partial products would
 take as many bytes for the LSTM, more for the others, and a second pass over them.
 
+A launch may hold several recurrences, each in a *lane* with groups and an exchange of its own.
+
 The exchange has two slots, for even and odd steps: who writes a slot again has passed a barrier since all have read it.
 
 Options of a cell that are pointwise ride along: resets, zoneout, recurrent dropout, peepholes, a bound on gradients.
