@@ -132,7 +132,7 @@ def assert_matches_torch(module, steps, batch, tolerance=5e-6, given=True, order
 @kinds
 def test_both_directions_match_torch(force, poisoned, kernel_device, kind, design, order):
     asked = force(kind, DESIGNS[design])
-    assert_matches_torch(module_of(kind, kernel_device), 4, 17, order=order)
+    assert_matches_torch(module_of(kind, kernel_device), 3, 17, order=order)
     assert asked == ([2] * 2 if design != "step" else [2, 1, 1] * 2)
 
 
@@ -153,8 +153,10 @@ def test_every_size_matches_torch(force, poisoned, kernel_device, kind, steps, b
     assert_matches_torch(module_of(kind, kernel_device, hidden_size=hidden_size), steps, batch)
 
 
-@pytest.mark.parametrize(("design", "hidden_size"), [("persistent", 5), ("resident", 17)])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "design", "hidden_size"),
+    [(torch.bfloat16, 2e-2, "persistent", 5), (torch.float16, 3e-3, "resident", 17)],
+)
 @kinds
 def test_half_precision_stays_within_its_bound(
     force, poisoned, kernel_device, kind, dtype, tolerance, design, hidden_size
@@ -297,7 +299,6 @@ def positional(operator, bias, device):
     ("operator", "recompute_gates", "bias"),
     [
         ("rnn", False, True),
-        ("rnn", False, False),
         ("gru", False, True),
         ("gru", True, False),
         ("lstm", False, True),
