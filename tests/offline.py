@@ -13,11 +13,11 @@ from unittest import mock
 
 import torch
 
-SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, "gfx942": 64 * 1024}
-"""Bytes of shared memory that one program may use: A100, RTX 30, H100, MI300."""
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, "gfx942": 64 * 1024}
+"""Bytes of shared memory that one program may use: A100, RTX 30, H100, B200, MI300."""
 
-MULTIPROCESSORS = {80: 108, 86: 82, 90: 132, "gfx942": 304}
-"""Of an A100, an RTX 3090, an H100 and an MI300X."""
+MULTIPROCESSORS = {80: 108, 86: 82, 90: 132, 100: 148, "gfx942": 304}
+"""Of an A100, an RTX 3090, an H100, a B200 and an MI300X."""
 
 
 def is_nvidia(capability):
@@ -134,11 +134,12 @@ def _registers_and_spills(ptx, capability):
     from triton import knobs
 
     architecture = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
+    assembler = knobs.nvidia.ptxas_blackwell if capability >= 100 else knobs.nvidia.ptxas
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
         report = subprocess.run(
-            [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={architecture}", "-o", os.devnull, str(source)],
+            [assembler.path, "-v", f"--gpu-name={architecture}", "-o", os.devnull, str(source)],
             check=True,
             capture_output=True,
             text=True,

@@ -1,5 +1,6 @@
 """What ``torch.nn`` does not have: every option of every cell, alone and together."""
 
+import importlib
 import itertools
 import math
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from parity import arguments, assert_parity, extra_weights, leaves_of, names_of, random_lengths
 
 import rnnkernels as rk
+from rnnkernels.ops import _sequence
 
 OPERATORS = ("rnn", "gru", "lstm")
 KINDS = ("RNN", "GRU", "LSTM")
@@ -939,6 +941,39 @@ def test_recomputed_gates_on_triton_match_the_reference(kernel_device, operator,
     options = {k: v.requires_grad_() if k.startswith("norm") else v for k, v in options.items()}
     with rk.use_backend("triton"):
         assert_parity(tensors, 5e-6, operator, **options, recompute_gates=True)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", [None, "unsorted"])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("operator", ["gru", "lstm"])
+@pytest.mark.parametrize("by_steps", [False, True])
+def test_gates_that_are_not_kept_exist_a_piece_of_time_at_once(
+    monkeypatch, kernel_device, operator, reverse, order, dtype, by_steps
+):
+    steps, batch, size = 7, 5, 6
+    monkeypatch.setattr(_sequence, "AT_ONCE", 2 * batch * 4 * size)  # two steps, so three pieces and a rest
+    module, pieces = importlib.import_module(f"rnnkernels.kernels.triton.{operator}"), []
+    forward = module.forward
+    if by_steps:
+        monkeypatch.setattr(module, "choose", lambda cell, size, batch, *_: module.step_design(cell, size, batch))
+    monkeypatch.setattr(module, "forward", lambda gates, *rest: (pieces.append(len(gates)), forward(gates, *rest))[1])
+    tensors = arguments(steps, batch, 3, size, dtype, kernel_device, operator=operator)
+    lengths = order and random_lengths(batch, steps, order).to(kernel_device)
+    tolerance = 5e-6 if dtype == torch.float32 else 2e-2
+    with rk.use_backend("triton"):
+        assert_parity(tensors, tolerance, operator, reverse=reverse, lengths=lengths, recompute_gates=True)
+        assert sorted(pieces) == [1, 2, 2, 2]
+        pieces.clear()
+        run = getattr(rk.ops, operator)
+        with torch.no_grad():  # nothing is kept either
+            found = run(*tensors, reverse=reverse, lengths=lengths)
+        assert sorted(pieces) == [1, 2, 2, 2]
+        whole = run(*tensors, reverse=reverse, lengths=lengths)
+    assert len(pieces) == 5
+    for a, b in zip(found, whole, strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -43,7 +43,7 @@ SUITES = {
         "tests/test_linear_scan.py tests/test_minimal.py",
         "float64_matches or (parts and not bfloat16) or one_part_at_a_time or bound_decides",
     ),
-    "recompute": ("tests/test_options.py", "recompute and not any_together"),
+    "recompute": ("tests/test_options.py", "(recompute and not any_together) or piece_of_time"),
     "steps": ("tests/test_launch.py", ""),
     "second": (
         "tests/test_ops.py tests/test_options.py",
@@ -235,6 +235,28 @@ MUTATIONS = [
         ),
         ("gru: gradient of the initial state dropped", "grad_h_0[:count] = carried", "grad_h_0[:count] = 0"),
         ("gru: order of the backward pass", "counts, some, not reverse)", "counts, some, reverse)"),
+    ),
+    *of(
+        "ops/_sequence.py",
+        "recompute",
+        (
+            "pieces: a step that belongs to the one before",
+            "(lengths - steps.start).clamp",
+            "(lengths - steps.start + 1).clamp",
+        ),
+        (
+            "pieces: the state of who has not begun",
+            "(lengths > steps.stop).unsqueeze(-1), later, initial",
+            "(lengths > 0).unsqueeze(-1), later, initial",
+        ),
+        ("pieces: the state of who has ended", "torch.where((lengths > 0).unsqueeze(-1), final, before)", "final"),
+        ("pieces: in one order only", "return pieces[::-1] if reverse else pieces", "return pieces"),
+        (
+            "pieces: the last one's gradient alone",
+            "torch.stack(list(gradients)).sum(0, ",
+            "torch.stack(list(gradients[:1])).sum(0, ",
+        ),
+        ("pieces: each from the beginning", "states[steps.start - 1] if steps.start else initial", "initial"),
     ),
     *of(
         "kernels/eager/packing.py",

@@ -152,6 +152,51 @@ def results_of(
     return one_after_the_other(functools.partial(reference, input, **options), tensors)
 
 
+AT_ONCE = 2**27
+"""Elements of gates that exist at once on a GPU where none are kept: beyond, pieces of time follow each other."""
+
+
+def pieces_of_time(input: Tensor, width: int, reverse: bool | None, kept: bool, backend: str) -> list[slice]:
+    """Steps in pieces of :data:`AT_ONCE` elements, ``width`` of a row, in the order in which they are taken.
+
+    One piece where the gates are kept, where a sequence does not lie in a GPU's memory, and for both directions at once.
+    """
+    sequence_length, batch, _ = input.shape
+    size = max(1, AT_ONCE // max(1, batch * width))
+    if kept or reverse is None or backend != "triton" or size >= sequence_length:
+        return [slice(0, sequence_length)]
+    pieces = [slice(start, min(start + size, sequence_length)) for start in range(0, sequence_length, size)]
+    return pieces[::-1] if reverse else pieces
+
+
+def lengths_within(lengths: Tensor | None, steps: slice) -> Tensor | None:
+    """How many of some steps each sequence has."""
+    return None if lengths is None else (lengths - steps.start).clamp(0, steps.stop - steps.start)
+
+
+def state_before(states: Tensor, initial: Tensor, lengths: Tensor | None, reverse: bool, steps: slice) -> Tensor:
+    """The state before some steps are taken, from the states after all; anything where a sequence has ended."""
+    if not reverse:
+        return states[steps.start - 1] if steps.start else initial
+    if steps.stop == len(states):
+        return initial
+    later = states[steps.stop]
+    return later if lengths is None else torch.where((lengths > steps.stop).unsqueeze(-1), later, initial)
+
+
+def state_after(final: Tensor, before: Tensor, lengths: Tensor | None) -> Tensor:
+    """The state after some steps; the one before where a sequence has none of them."""
+    return final if lengths is None else torch.where((lengths > 0).unsqueeze(-1), final, before)
+
+
+def total(gradients: Sequence[Tensor]) -> Tensor:
+    """The sum of what pieces of time give a parameter, rounded once; empty where nobody asks."""
+    if len(gradients) == 1:
+        return gradients[0]
+    accumulated = torch.promote_types(gradients[0].dtype, torch.float32)
+    return torch.stack(list(gradients)).sum(0, dtype=accumulated).to(gradients[0].dtype)
+
+
 def given(gradients: Sequence[Tensor | None], results: Sequence[Tensor]) -> list[Tensor]:
     """The gradients of an operator's results, zeros where autograd has none.
 

@@ -22,12 +22,17 @@ from rnnkernels.ops._sequence import (
     differentiable_gradients,
     given,
     kernels,
+    lengths_within,
     of_directions,
+    pieces_of_time,
     project_both,
     project_normalized,
     projection_gradients,
     recurrent_weight_gradient,
     results_of,
+    state_after,
+    state_before,
+    total,
     transformed,
     without_padding,
 )
@@ -91,9 +96,8 @@ def gru(
     recompute_gates : bool
         Memory against time: whether the backward pass computes the gates again, of all steps at once, from the states
         and the input. Between the passes that saves sequence_length * batch * 4 * hidden_size values, and those that
-        ``norm_hh`` adds. The layer that
-        runs still holds the product of ``weight_ih`` with all steps of its input:
-        :func:`rnnkernels.training.checkpointed_bptt` bounds that too. Default: False.
+        ``norm_hh`` adds. On Triton, where gates are not kept, be it for this or because no gradient is wanted, a long
+        sequence runs in pieces of time, so that those of few steps exist at once. Default: False.
 
     Returns
     -------
@@ -149,8 +153,9 @@ def gru(
         packs = lengths is not None and input.numel() and not torch.compiler.is_compiling()
         if packs or (lengths is None and not by_onednn(h_0, weight_hh)):
             return _native_forward(**tensors, lengths=arguments.lengths, reverse=reverse)
+    keeps_none = recompute_gates or not wanted
     output, h_n, _ = torch.ops.rnnkernels.gru(
-        *tensors.values(), arguments.lengths, reverse, recompute_gates, arguments.backend
+        *tensors.values(), arguments.lengths, reverse, keeps_none, arguments.backend
     )
     return output, h_n
 
@@ -233,6 +238,20 @@ def _gru(
 
     On Triton ``reverse`` may be None: both directions, along a leading dimension of states, weights and results.
     """
+    parameters, options = (weight_ih, weight_hh, bias_ih, bias_hh), (reverse, recompute_gates, backend)
+    pieces = pieces_of_time(input, 4 * weight_hh.shape[-1], reverse, not recompute_gates, backend)
+    if len(pieces) == 1:
+        return _forth(input, h_0, *parameters, lengths, *options)
+    output, h = input.new_empty(*input.shape[:2], weight_hh.shape[1]), h_0
+    for steps in pieces:
+        within = lengths_within(lengths, steps)
+        output[steps], h_n, nothing = _forth(input[steps], h, *parameters, within, *options)
+        h = state_after(h_n, h, within)
+    return output, h.clone(), nothing
+
+
+def _forth(input, h_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse, recompute_gates, backend):
+    """What the operator returns for some steps, or all."""
     steps, batch, _ = input.shape
     *both, _, hidden_size = weight_hh.shape
     gates = empty((*both, steps, batch, 4 * hidden_size), input.dtype, input.device)
@@ -349,6 +368,39 @@ def _gru_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, h_0, both weights and both biases; empty where ``needs`` says that nobody asks."""
+    parameters, options = (weight_ih, weight_hh, bias_ih, bias_hh), (reverse, recompute_gates, backend, needs)
+    pieces = pieces_of_time(input, 4 * weight_hh.shape[-1], reverse, not recompute_gates, backend)
+    if len(pieces) == 1:
+        return _back(grad_output, grad_h_n, output, gates, input, h_0, *parameters, lengths, *options)
+    grad_h, of_input, of_parameters = grad_h_n, [], []
+    for steps in reversed(pieces):
+        h = state_before(output, h_0, lengths, reverse, steps)
+        known, within = (output[steps], gates, input[steps]), lengths_within(lengths, steps)
+        grad_input, grad_h, *rest = _back(grad_output[steps], grad_h, *known, h, *parameters, within, *options)
+        of_input.append(grad_input)
+        of_parameters.append(rest)
+    grad_input = torch.cat(of_input if reverse else of_input[::-1])
+    return grad_input, grad_h, *map(total, zip(*of_parameters, strict=True))
+
+
+def _back(
+    grad_output,
+    grad_h_n,
+    output,
+    gates,
+    input,
+    h_0,
+    weight_ih,
+    weight_hh,
+    bias_ih,
+    bias_hh,
+    lengths,
+    reverse,
+    recompute_gates,
+    backend,
+    needs,
+):
+    """What the operator returns for some steps, or all."""
     if recompute_gates:
         known = output, h_0, weight_ih, weight_hh, bias_ih, bias_hh
         if reverse is None:

@@ -19,10 +19,15 @@ from rnnkernels.ops._sequence import (
     given,
     kernels,
     layer_gradients,
+    lengths_within,
     of_directions,
+    pieces_of_time,
     project,
     project_normalized,
     results_of,
+    state_after,
+    state_before,
+    total,
     transformed,
     without_padding,
 )
@@ -107,9 +112,8 @@ def lstm(
         Memory against time: whether the backward pass computes the gates again, of all steps at once, from the states
         and the input. Between the passes that saves sequence_length * batch * 4 * hidden_size values, and those that
         ``norm_hh`` and ``zoneout_cell`` add. On a CPU the plain LSTM keeps nothing but its arguments then, and runs the
-        forward pass again. The layer that
-        runs still holds the product of ``weight_ih`` with all steps of its input:
-        :func:`rnnkernels.training.checkpointed_bptt` bounds that too. Default: False.
+        forward pass again. On Triton, where gates are not kept, be it for this or because no gradient is wanted, a long
+        sequence runs in pieces of time, so that those of few steps exist at once. Default: False.
 
     Returns
     -------
@@ -193,7 +197,8 @@ def lstm(
         if few and not recompute_gates and differentiable(plain):
             return _steps(*plain, reverse)
         return _native(*plain, arguments.lengths, reverse, recompute_gates)
-    return torch.ops.rnnkernels.lstm(*plain, arguments.lengths, reverse, recompute_gates, arguments.backend)[:3]
+    keeps_none = recompute_gates or not differentiable(plain)
+    return torch.ops.rnnkernels.lstm(*plain, arguments.lengths, reverse, keeps_none, arguments.backend)[:3]
 
 
 def _with_options(arguments: Arguments, options: Options, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -414,10 +419,23 @@ def _lstm(
 
     On Triton ``reverse`` may be None: both directions, along a leading dimension of states, weights and results.
     """
-    gates = project(input, weight_ih, bias_ih, bias_hh)
-    with torch.cuda.device_of(input):
-        output, h_n, c_n, cells = kernels(backend, "lstm").forward(gates, h_0, c_0, weight_hh, lengths, reverse)
-    return output, h_n, c_n, input.new_empty(0) if recompute_gates else gates, cells
+    pieces = pieces_of_time(input, weight_hh.shape[-2], reverse, not recompute_gates, backend)
+    if len(pieces) == 1:
+        gates = project(input, weight_ih, bias_ih, bias_hh)
+        with torch.cuda.device_of(input):
+            output, h_n, c_n, cells = kernels(backend, "lstm").forward(gates, h_0, c_0, weight_hh, lengths, reverse)
+        return output, h_n, c_n, input.new_empty(0) if recompute_gates else gates, cells
+    output = input.new_empty(*input.shape[:2], weight_hh.shape[1])
+    cells = torch.empty_like(output, dtype=torch.promote_types(input.dtype, torch.float32))
+    h, c = h_0, c_0.to(cells.dtype)
+    for steps in pieces:
+        gates, within = project(input[steps], weight_ih, bias_ih, bias_hh), lengths_within(lengths, steps)
+        with torch.cuda.device_of(input):
+            output[steps], h_n, c, cells[steps] = kernels(backend, "lstm").forward(
+                gates, h, c, weight_hh, within, reverse
+            )
+        h = state_after(h_n, h, within)
+    return output, h.clone(), c.to(c_0.dtype, copy=True), input.new_empty(0), cells
 
 
 @_lstm.register_fake
@@ -473,6 +491,45 @@ def _lstm_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, both states, both weights and a bias; empty where ``needs`` says that nobody asks."""
+    parameters, options = (weight_ih, weight_hh, bias_ih, bias_hh), (reverse, recompute_gates, backend, needs)
+    pieces = pieces_of_time(input, weight_hh.shape[-2], reverse, not recompute_gates, backend)
+    if len(pieces) == 1:
+        cotangents = grad_output, grad_h_n, grad_c_n
+        return _back(*cotangents, output, gates, cells, input, h_0, c_0, *parameters, lengths, *options)
+    grad_h, grad_c, of_input, of_weights = grad_h_n, grad_c_n.to(cells.dtype), [], []
+    for steps in reversed(pieces):
+        h = state_before(output, h_0, lengths, reverse, steps)
+        c = state_before(cells, c_0.to(cells.dtype), lengths, reverse, steps)
+        cotangents, known = (grad_output[steps], grad_h, grad_c), (output[steps], gates, cells[steps], input[steps])
+        within = lengths_within(lengths, steps)
+        grad_input, grad_h, grad_c, *rest = _back(*cotangents, *known, h, c, *parameters, within, *options)
+        of_input.append(grad_input)
+        of_weights.append(rest)
+    grad_input = torch.cat(of_input if reverse else of_input[::-1])
+    return grad_input, grad_h, grad_c.to(c_0.dtype), *map(total, zip(*of_weights, strict=True))
+
+
+def _back(
+    grad_output,
+    grad_h_n,
+    grad_c_n,
+    output,
+    gates,
+    cells,
+    input,
+    h_0,
+    c_0,
+    weight_ih,
+    weight_hh,
+    bias_ih,
+    bias_hh,
+    lengths,
+    reverse,
+    recompute_gates,
+    backend,
+    needs,
+):
+    """What the operator returns for some steps, or all."""
     if recompute_gates:
         gates = project(input, weight_ih, bias_ih, bias_hh)
         known = gates, output, cells, h_0, c_0, weight_hh
