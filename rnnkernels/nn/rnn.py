@@ -19,6 +19,7 @@ from rnnkernels.ops._checks import (
     check_reset,
     differentiable,
 )
+from rnnkernels.ops._layers import layers, serves
 from rnnkernels.ops._sequence import transformed
 from rnnkernels.ops.lstm import FEW_STEPS, run_onednn
 
@@ -278,6 +279,8 @@ class Recurrent(SequenceModule, torch.nn.RNNBase):
         if states is None:
             states = self._zeros(input)
         seeds = _Seeds() if self.training and self._draws() else None
+        if reset is None and self._in_one_operator(input):
+            return self._run_layers(input, states, lengths, seeds)
         initial = zip(*(state.unbind(0) for state in states), strict=True)
         final = []
         output = input
@@ -316,6 +319,28 @@ class Recurrent(SequenceModule, torch.nn.RNNBase):
             if self.dropout and self.training and layer < self.num_layers - 1:
                 output = ops.dropout(output, self.dropout, seed=seeds.next())
         return output, tuple(torch.stack(kind) for kind in zip(*final, strict=True))
+
+    def _in_one_operator(self, input: Tensor) -> bool:
+        """Whether one operator takes all layers."""
+        if self.num_layers == 1 or self.bidirectional or self.proj_size or not self._plain() or transformed():
+            return False
+        return serves(self._cell(), input, self.hidden_size, self.num_layers)
+
+    def _cell(self) -> str:
+        return self.mode.partition("_")[0].lower()
+
+    def _run_layers(
+        self, input: Tensor, states: tuple[Tensor, ...], lengths: Tensor | None, seeds: "_Seeds | None"
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        of_dropout = []
+        if seeds is not None:
+            for _ in range(self.num_layers - 1):
+                seeds.next()  # an operator's for each layer, as if it had one of its own
+                of_dropout.append(seeds.next())
+        weights = [self._weights(f"l{layer}", seeds) for layer in range(self.num_layers)]
+        nonlinearity = getattr(self, "nonlinearity", "tanh")
+        options = {"lengths": lengths, "dropout": self.dropout, "seeds": of_dropout, "nonlinearity": nonlinearity}
+        return layers(self._cell(), input, states, weights, **options)
 
     def _zeros(self, input: Tensor) -> tuple[Tensor, ...]:
         """The initial states where none are given."""

@@ -159,7 +159,7 @@ AT_ONCE = 2**27
 def pieces_of_time(input: Tensor, width: int, reverse: bool | None, kept: bool, backend: str) -> list[slice]:
     """Steps in pieces of :data:`AT_ONCE` elements, ``width`` of a row, in the order in which they are taken.
 
-    One piece where the gates are kept, where a sequence does not lie in a GPU's memory, and for both directions at once.
+    One piece where the gates are kept, where a sequence does not lie in a GPU's memory, and for both directions.
     """
     sequence_length, batch, _ = input.shape
     size = max(1, AT_ONCE // max(1, batch * width))

@@ -211,7 +211,7 @@ def _native_forward(
     return output, rows.unsorted(h_n.squeeze(0))
 
 
-def _projection_bias(bias_ih: Tensor | None, bias_hh: Tensor | None) -> Tensor | None:
+def projection_bias(bias_ih: Tensor | None, bias_hh: Tensor | None) -> Tensor | None:
     """What is added to the product with the input."""
     if bias_hh is None:
         return bias_ih
@@ -255,7 +255,7 @@ def _forth(input, h_0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse,
     steps, batch, _ = input.shape
     *both, _, hidden_size = weight_hh.shape
     gates = empty((*both, steps, batch, 4 * hidden_size), input.dtype, input.device)
-    bias = _projection_bias(bias_ih, bias_hh)
+    bias = projection_bias(bias_ih, bias_hh)
     nothing = input.new_empty(0)
     if backend == "eager":
         rows = packing(lengths, steps, batch)
@@ -298,7 +298,7 @@ def _gates_again(
     reverse: bool,
 ) -> tuple[Tensor]:
     """The buffer of activated gates, (sequence_length, batch, 4 * hidden_size), from the states."""
-    projected = linear(input.flatten(0, 1), weight_ih, _projection_bias(bias_ih, bias_hh)).unflatten(0, input.shape[:2])
+    projected = linear(input.flatten(0, 1), weight_ih, projection_bias(bias_ih, bias_hh)).unflatten(0, input.shape[:2])
     weights = Weights(weight_hh, None if bias_hh is None else bias_hh[2 * output.shape[-1] :])
     trace = Trace(output, h_0, None, None, None, None, None)
     recurrence = Recurrence("gru", reverse=reverse)

@@ -255,6 +255,59 @@ SPILLS_WITH_OPTIONS = {
     ("lstm", "16-bit", 768, (16, 32)),
 }
 
+WAVEFRONT = {
+    # (cell, multiplication): {inner_size: {(block_batch, block_hidden): (bytes that the larger kernel needs, layers)}}
+    # As PERSISTENT, for layers in one launch, whose programs hold two sets of weights and read twice as much from each
+    # other. From so many layers on, the model of ``benchmarks.model`` has them take 1.15 times as long one after the
+    # other, both passes together, at every batch that fits; tiles that never gain so much by it are left out. Layers
+    # of at most half the smallest size keep to themselves: one program holds the weights of each and needs no barrier.
+    ("rnn", "16-bit"): {
+        256: {(16, 16): (32768, 2), (16, 32): (65536, 2)},
+        512: {(16, 16): (65536, 2), (16, 32): (98304, 2)},
+        1024: {(16, 32): (163840, 2)},
+        1536: {(16, 32): (229376, 2)},
+    },
+    ("rnn", "tf32"): {
+        256: {(16, 16): (65536, 2)},
+        512: {(16, 16): (98304, 2)},
+    },
+    ("rnn", "ieee"): {
+        128: {(16, 16): (32768, 2)},
+        256: {(16, 16): (65536, 2)},
+        512: {(16, 16): (98304, 2)},
+    },
+    ("gru", "16-bit"): {
+        128: {(16, 16): (40960, 3)},
+        256: {(16, 16): (65536, 2), (16, 32): (131072, 2)},
+        512: {(16, 16): (131072, 2), (16, 32): (229376, 2)},
+        768: {(16, 16): (163840, 2)},
+    },
+    ("gru", "tf32"): {
+        128: {(16, 16): (65536, 2)},
+        256: {(16, 16): (131072, 2)},
+        512: {(16, 16): (229376, 3)},
+    },
+    ("gru", "ieee"): {
+        128: {(16, 16): (65536, 2)},
+        256: {(16, 16): (131072, 3)},
+        512: {(16, 16): (229376, 3)},
+    },
+    ("lstm", "16-bit"): {
+        128: {(16, 16): (49152, 2)},
+        256: {(16, 16): (81920, 2), (16, 32): (163840, 2)},
+        512: {(16, 16): (163840, 2), (32, 16): (196608, 3)},
+        768: {(16, 16): (212992, 2)},
+    },
+    ("lstm", "tf32"): {
+        128: {(16, 16): (81920, 2)},
+        256: {(16, 16): (163840, 2)},
+    },
+    ("lstm", "ieee"): {
+        128: {(16, 16): (81920, 2)},
+        256: {(16, 16): (163840, 3)},
+    },
+}
+
 STEP = {
     # (cell, batch is above 64, hidden_size is a multiple of 16): tile. Every one fits the 99 KiB of the smallest GPU.
     ("rnn", False, True): Step(block_batch=16, block_hidden=32, block_inner=64, num_warps=4, num_stages=3),
@@ -359,10 +412,12 @@ def _persistent(
     device: torch.device,
     lanes: int = 1,
     with_options: bool = False,
+    sizes: dict[int, dict[tuple[int, int], int]] | None = None,
 ) -> Persistent | None:
+    """The first tile that fits with so many lanes, of these rows in place of those of ``PERSISTENT``."""
     if not COOPERATIVE or on_amd(device) or device in _refused:
         return None  # AMD: the kernels compile, but the L2 caches of its chiplets do not share what is exchanged
-    sizes = PERSISTENT[cell, kind]
+    sizes = PERSISTENT[cell, kind] if sizes is None else sizes
     inner_size = min((size for size in sizes if size >= hidden_size), default=0)
     block_inner = inner_block(inner_size, kind)
     for (block_batch, block_hidden), needed in sizes.get(inner_size, {}).items():
@@ -399,6 +454,29 @@ def persistent_design(
 ) -> Persistent | None:
     """The persistent design for a recurrence with options, if there is one that fits the device."""
     return _persistent(cell, hidden_size, batch, multiplication(dtype), device, with_options=True)
+
+
+def wavefront(
+    cell: str, hidden_size: int, batch: int, layers: int, dtype: torch.dtype, device: torch.device
+) -> Persistent | None:
+    """The design that takes neighbouring layers in one launch, as many as its ``lanes``; None where no two fit.
+
+    All ``layers`` where they fit, else equal shares of them in as few launches as can be.
+    """
+    kind = multiplication(dtype)
+    rows = WAVEFRONT[cell, kind]
+    if batch == 0 or 2 * hidden_size <= min(rows, default=math.inf):
+        return None
+    for launches in range(1, (layers + 1) // 2 + 1):
+        lanes = -(-layers // launches)
+        gaining = {
+            inner_size: {tile: needed for tile, (needed, least) in tiles.items() if least <= lanes}
+            for inner_size, tiles in rows.items()
+        }
+        design = _persistent(cell, hidden_size, batch, kind, device, lanes, sizes=gaining)
+        if design is not None:
+            return design
+    return None
 
 
 def pointwise(size: int, whole_rows: bool) -> Pointwise:

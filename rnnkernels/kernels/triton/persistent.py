@@ -99,8 +99,8 @@ def store_parts(pointer, size, parts, mask):
 
 
 @triton.jit
-def multiply(source, weights, sums, BLOCK_INNER: tl.constexpr, PRECISION: tl.constexpr):
-    """The product of what all programs of the group left at ``source`` with ``weights``, chunk by chunk."""
+def accumulate(source, weights, sums, BLOCK_INNER: tl.constexpr, PRECISION: tl.constexpr):
+    """Add the product of what all programs of the group left at ``source`` with ``weights``, chunk by chunk."""
     # Past the L1 cache, which may hold what was there two steps ago.
     ahead = tl.load(source, cache_modifier=".cg")
     for chunk in tl.static_range(len(weights)):
@@ -108,7 +108,13 @@ def multiply(source, weights, sums, BLOCK_INNER: tl.constexpr, PRECISION: tl.con
         if chunk + 1 < len(weights):
             ahead = tl.load(source + (chunk + 1) * BLOCK_INNER, cache_modifier=".cg")
         sums = tl.dot(x, weights[chunk], acc=sums, input_precision=PRECISION)
-    return tl.sum(sums, axis=0)
+    return sums
+
+
+@triton.jit
+def multiply(source, weights, sums, BLOCK_INNER: tl.constexpr, PRECISION: tl.constexpr):
+    """That product, summed over the splits."""
+    return tl.sum(accumulate(source, weights, sums, BLOCK_INNER, PRECISION), axis=0)
 
 
 @triton.jit

@@ -37,6 +37,12 @@ def dropped(index, key, bound, STREAM: tl.constexpr):
     return bits(index + (STREAM << 56), key).to(tl.int64) < bound
 
 
+@triton.jit
+def mask_of(index, key, bound, scale, STREAM: tl.constexpr, KIND: tl.constexpr):
+    """The mask of dropout: zero or ``scale``, rounded as that of the eager back end is: both give the same bits."""
+    return tl.where(dropped(index, key, bound, STREAM), 0.0, scale).to(KIND).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=("size", "key", "bound"))
 def mask_elements(
     input,
@@ -53,9 +59,7 @@ def mask_elements(
     row = (tl.program_id(0) // blocks).to(tl.int64)
     index = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     within = index < size
-    kind = input.dtype.element_ty
-    # Rounded as the mask of the eager back end is, so that both give the same bits.
-    mask = tl.where(dropped(index, key, bound, STREAM), 0.0, scale).to(kind).to(tl.float32)
+    mask = mask_of(index, key, bound, scale, STREAM, input.dtype.element_ty)
     x = tl.load(input + row * size + index, mask=within, other=0.0).to(tl.float32)
     tl.store(output + row * size + index, x * mask, mask=within)
 

@@ -8,7 +8,8 @@ Three designs (``dispatch`` chooses):
 - *step*: one launch a step, whose programs tile (batch, hidden) and stream W_hh from the L2 cache. Fits any size.
   ``launch`` makes the launches cheap.
 
-The first two also run both directions of a layer in one launch (``rnnkernels.kernels.triton.directions``).
+The first two also run both directions of a layer in one launch (``rnnkernels.kernels.triton.directions``). Layers of a
+stack may share a persistent launch (``rnnkernels.kernels.triton.wavefront``).
 
 All read the projected input from ``output`` and leave the states there. States pass from step to step in the tensors'
 own type, sums are float32.
