@@ -16,6 +16,19 @@ class Deadlock(RuntimeError):
     """The programs of a launch did not end in time."""
 
 
+class Refusing:
+    """A kernel of which the GPU refuses a cooperative launch."""
+
+    def __init__(self, reason):
+        self.reason = reason
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            raise RuntimeError(f"Triton Error [CUDA]: {self.reason}")
+
+        return launch
+
+
 @contextlib.contextmanager
 def processes(seconds=120.0, late=0.0):
     """Launch so inside the block, on the CPU. A launch may take ``seconds``, else it raises :exc:`Deadlock`.

@@ -206,18 +206,13 @@ def test_a_broken_barrier_is_seen(force, in_one_launch, on_a_cpu, monkeypatch, k
 @pytest.mark.parametrize("reason", ["too many blocks in cooperative launch", "operation not supported"])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_a_refused_launch_falls_back(force, in_one_launch, monkeypatch, kernel_device, operator, reason):
-    class Refusing:
-        def __getitem__(self, grid):
-            def launch(*arguments, **options):
-                raise RuntimeError(f"Triton Error [CUDA]: {reason}")
-
-            return launch
+    from concurrency import Refusing
 
     refused = set()
     monkeypatch.setattr(dispatch, "_refused", refused)
     design = force(operator, 17)
     for name in ("forward_persistent", "backward_persistent"):
-        monkeypatch.setattr(module_of(operator), name, Refusing())
+        monkeypatch.setattr(module_of(operator), name, Refusing(reason))
     tensors = arguments(3, 2, 3, 17, torch.float32, kernel_device, operator=operator)
     with pytest.warns(RuntimeWarning, match="refused a cooperative launch"):
         assert_parity(tensors, 5e-6, operator)
