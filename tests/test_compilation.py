@@ -49,6 +49,12 @@ PERSISTENT_ELSEWHERE = {
 }
 """Rows of the persistent design that are compiled for other GPUs than an H100 as well."""
 
+WAVEFRONT_ELSEWHERE = {
+    80: {("gru", "16-bit"): (256, (16, 32)), ("lstm", "16-bit"): (512, (16, 16))},
+    86: {("rnn", "tf32"): (512, (16, 16)), ("lstm", "ieee"): (128, (16, 16))},
+}
+"""Rows of the wavefront that are compiled for other GPUs than an H100 as well."""
+
 EVERY_OPTION = {"recurrent_dropout": 0.3, "zoneout": 0.2, "grad_clip": 1.0, "reverse": True, "key": 2**62 + 1}
 GENERAL = {
     "rnn": ("rnn_forward", "rnn_backward"),
@@ -114,6 +120,26 @@ def persistent_cases():
                 yield cell, capability, kind, inner_size, tile, inner_size, options
 
 
+def wavefront_cases():
+    """(cell, capability, type, inner_size, tile, hidden_size, (has lengths, dropout)) of the rows of the wavefront."""
+    from rnnkernels.kernels.triton import dispatch
+
+    everything = os.environ.get("RNNKERNELS_COMPILE_ALL") == "1"
+    options = list(itertools.product((False, True), (False, True))) if everything else [(True, True)]
+    kinds = {"16-bit": "bfloat16", "tf32": "float32 tf32", "ieee": "float32 ieee"}
+    for (cell, multiplication), sizes in dispatch.WAVEFRONT.items():
+        for inner_size, tile in ((size, tile) for size, tiles in sizes.items() for tile in tiles):
+            worst = inner_size - (not dispatch.needs_aligned_rows(cell, multiplication, inner_size, tile))
+            for each in options:
+                yield cell, 90, kinds[multiplication], inner_size, tile, worst, each
+    # Without dropout both products of a step back are one.
+    yield "gru", 90, "bfloat16", 512, (16, 32), 511, (False, False)
+    yield "lstm", 90, "bfloat16", 768, (16, 16), 767, (False, False)
+    for capability, rows in WAVEFRONT_ELSEWHERE.items():
+        for (cell, multiplication), (inner_size, tile) in rows.items():
+            yield cell, capability, kinds[multiplication], inner_size, tile, inner_size, (True, True)
+
+
 def multiplication_of(kind):
     return "16-bit" if "16" in kind else kind.split()[1]
 
@@ -144,6 +170,48 @@ def launch(cell, hidden_size, batch, dtype, variant="tanh", reverse=False, has_l
         bias = None if variant == "no bias" else weight[..., 0]
         module.forward(gates, state, weight, bias, lengths, reverse)
         module.backward(sequence, state, sequence, gates, state, weight, lengths, reverse)
+
+
+def launch_layers(cell, design, hidden_size, batch, dtype, with_lengths, with_dropout, sequence_length=2):
+    """Call the host functions of a wavefront's passes. Runs in the worker."""
+    import torch
+
+    from rnnkernels.kernels.triton import general, wavefront
+
+    lanes, parts = design.lanes, general.PARTS[cell]
+    states = torch.zeros(lanes, sequence_length, batch, hidden_size, dtype=dtype)
+    gates, biases = (
+        states.new_zeros(*states.shape[:3], parts * hidden_size),
+        states.new_zeros(lanes, parts, hidden_size),
+    )
+    cells = states.float() if cell == "lstm" else None
+    h_0 = states[:, 0].contiguous()
+    c_0 = h_0 if cell == "lstm" else None
+    weight = states.new_zeros(general.ROWS[cell] * hidden_size, hidden_size)
+    weights = wavefront.squares(cell, [weight] * (lanes - 1), [weight] * lanes)
+    lengths = torch.ones(batch, dtype=torch.int64) if with_lengths else None
+    dropout = wavefront.Dropout(0.5, [3] * (lanes - 1)) if with_dropout else None
+    below, output = states[1:], torch.zeros_like(states[0])  # of their own, as those that a call makes
+    wavefront.forward(cell, design, gates, h_0, c_0, weights, biases, lengths, below.clone(), output, cells, dropout)
+    wavefront.backward(
+        *(
+            cell,
+            design,
+            output,
+            h_0,
+            c_0,
+            below.clone(),
+            output,
+            gates,
+            cells,
+            h_0,
+            c_0,
+            weights,
+            lengths,
+            dropout,
+            gates,
+        )
+    )
 
 
 def launch_general(variant, hidden_size, batch, dtype, norm, with_options, sequence_length=2):
@@ -295,19 +363,42 @@ def compile_persistent(case):
             launch_general(cell, hidden_size, block_batch, dtype, False, True)
         else:
             launch(cell, hidden_size, block_batch, dtype, *options)
-    found = {}
+    return needs_of_persistent(launches, design, capability)
+
+
+def needs_of_persistent(launches, design, capability):
+    """What the persistent kernels among the launches need, by name. Runs in the worker."""
+    import offline
+
+    found, inner = {}, design.block_inner // design.num_warps
     for kernel, compiled in launches:
         if kernel.__name__ in OF_LAUNCHES:
             continue
         needs = found[kernel.__name__] = offline.needs(compiled, capability)
         needs["cooperative"] = compiled.metadata.launch_cooperative_grid
-        split = f"{design.num_warps}x{block_inner // design.num_warps}x{block_hidden}"
+        split = f"{design.num_warps}x{inner}x{design.block_hidden}"
         staged = offline.staged_in_loop(compiled.asm["ttgir"], split)
         # Where a split has as many units as the tile has rows, what is exchanged looks like the weights.
-        needs["weights staged in loop"] = 0 if block_inner // design.num_warps == block_batch else staged
+        needs["weights staged in loop"] = 0 if inner == design.block_batch else staged
         if offline.is_nvidia(capability):
             needs["loop"] = offline.synchronization(compiled.asm["ptx"])
     return found
+
+
+def compile_wavefront(case):
+    """What the kernels of a forward and a backward pass of layers need, by name. Runs in the worker."""
+    import offline
+    import torch
+
+    from rnnkernels.kernels.triton import dispatch
+
+    cell, capability, kind, inner_size, (block_batch, block_hidden), hidden_size, options = case
+    torch.set_float32_matmul_precision(TYPES[kind])
+    block_inner = dispatch.inner_block(inner_size, multiplication_of(kind))
+    design = dispatch.Persistent(block_batch, block_hidden, block_inner, inner_size // block_inner, lanes=2)
+    with offline.absent_gpu(capability) as launches:
+        launch_layers(cell, design, hidden_size, block_batch, getattr(torch, kind.split()[0]), *options)
+    return needs_of_persistent(launches, design, capability)
 
 
 def kernels_compiled_for_new_lengths_and_batches(cell):
@@ -322,6 +413,23 @@ def kernels_compiled_for_new_lengths_and_batches(cell):
                 launch(cell, hidden_size, batch, torch.bfloat16, sequence_length=sequence_length)
         for kernel, compiled in launches:
             counts.setdefault(kernel.__name__, set()).add(compiled.hash)
+    return {name: len(hashes) for name, hashes in counts.items()}
+
+
+def wavefronts_compiled_for_new_lengths_and_batches(cell):
+    """How many kernels a GPU would compile for many lengths and batches of layers. Runs in the worker."""
+    import offline
+    import torch
+
+    from rnnkernels.kernels.triton import dispatch
+
+    counts = {}
+    with offline.absent_gpu(90) as launches:
+        design = dispatch.wavefront(cell, 256, 16, 3, torch.bfloat16, torch.device("cuda"))
+        for sequence_length, batch in ((1, 1), (2, 16), (17, 3), (16, 64), (33, 1)):
+            launch_layers(cell, design, 256, batch, torch.bfloat16, True, True, sequence_length)
+    for kernel, compiled in launches:
+        counts.setdefault(kernel.__name__, set()).add(compiled.hash)
     return {name: len(hashes) for name, hashes in counts.items()}
 
 
@@ -362,6 +470,11 @@ def compiled_for_others(workers):
 @pytest.fixture(scope="module")
 def compiled_persistent(workers):
     return {case: workers.submit(compile_persistent, case) for case in persistent_cases()}
+
+
+@pytest.fixture(scope="module")
+def compiled_wavefronts(workers):
+    return {case: workers.submit(compile_wavefront, case) for case in wavefront_cases()}
 
 
 @pytest.fixture(scope="module")
@@ -412,13 +525,34 @@ def test_it_fits_other_gpus(compiled_for_others, case):
 
 @pytest.mark.parametrize("case", list(persistent_cases()), ids=str)
 def test_persistent_kernels_compile_and_fit(compiled_persistent, case):
-    import offline
-
     from rnnkernels.kernels.triton import dispatch
 
     cell, capability, kind, inner_size, tile, *_ = case
     found = compiled_persistent[case].result(timeout=600)
     assert sorted(found) == ["backward_persistent", "forward_persistent"]
+    assert_persistent(found, capability)
+    if capability == 90:
+        promised = dispatch.PERSISTENT[cell, multiplication_of(kind)][inner_size][tile]
+        assert max(needs["shared_memory"] for needs in found.values()) <= promised
+
+
+@pytest.mark.parametrize("case", list(wavefront_cases()), ids=str)
+def test_wavefronts_compile_and_fit(compiled_wavefronts, case):
+    from rnnkernels.kernels.triton import dispatch
+
+    cell, capability, kind, inner_size, tile, *_ = case
+    found = compiled_wavefronts[case].result(timeout=600)
+    assert sorted(found) == ["backward_wavefront", "forward_wavefront"]
+    assert_persistent(found, capability)
+    if capability == 90:
+        promised, _ = dispatch.WAVEFRONT[cell, multiplication_of(kind)][inner_size][tile]
+        assert max(needs["shared_memory"] for needs in found.values()) <= promised
+
+
+def assert_persistent(found, capability):
+    """What holds for every kernel of a cooperative launch."""
+    import offline
+
     for name, needs in found.items():
         assert needs["cooperative"], name
         assert needs["weights staged in loop"] == 0, (name, needs)
@@ -430,9 +564,6 @@ def test_persistent_kernels_compile_and_fit(compiled_persistent, case):
             order = r"(cg |bar )+(st |bar )+bar release (st |ld |bar )+acquire (bar ?)+"
             assert re.fullmatch(order, needs["loop"]), (name, needs)
             assert needs["loop"].count("bar") <= MAX_BARRIERS, (name, needs)
-    if capability == 90:
-        promised = dispatch.PERSISTENT[cell, multiplication_of(kind)][inner_size][tile]
-        assert max(needs["shared_memory"] for needs in found.values()) <= promised
 
 
 @pytest.mark.parametrize("cell", list(LARGEST_RESIDENT))
@@ -441,6 +572,12 @@ def test_a_new_length_or_batch_compiles_nothing(workers, cell):
     designs = "resident", "persistent", "step"
     names = [f"{direction}_{design}" for design in designs for direction in ("forward", "backward")]
     assert counts == dict.fromkeys([*names, "write_table"], 1)
+
+
+@pytest.mark.parametrize("cell", list(LARGEST_RESIDENT))
+def test_a_new_length_or_batch_compiles_no_wavefront(workers, cell):
+    counts = workers.submit(wavefronts_compiled_for_new_lengths_and_batches, cell).result(timeout=600)
+    assert counts == {"forward_wavefront": 1, "backward_wavefront": 1}
 
 
 @pytest.mark.parametrize("cell", list(LARGEST_RESIDENT))
