@@ -21,8 +21,10 @@ a recorded visit replaces them.
 """
 
 import argparse
+import itertools
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
@@ -217,15 +219,17 @@ class _Problem:
     multiplication: str
     device: Device
     direction: str
-    both: int
+    both: int = 1
     """Directions of a layer in the launch."""
+    layers: int = 1
+    """Layers of a stack in the launch."""
 
     def parts(self, rows: int, units: int, weights: float, exchange: float) -> dict[str, float]:
         """Seconds for a multiprocessor that works on so many rows of the batch and hidden units."""
         device = self.device
         activations = ACTIVATIONS[self.cell][self.direction == "backward"]
-        moved = traffic(self.cell, self.hidden_size, self.batch, self.multiplication, self.direction)
-        product = 2 * GATES[self.cell] * units * self.hidden_size * rows
+        moved = self.layers * traffic(self.cell, self.hidden_size, self.batch, self.multiplication, self.direction)
+        product = self.sets * 2 * GATES[self.cell] * units * self.hidden_size * rows
         return {
             "product": product / (device.operations[self.multiplication] / device.multiprocessors),
             "weights": weights,
@@ -233,6 +237,11 @@ class _Problem:
             "exchange": exchange,
             "traffic": self.both * moved / device.memory_bandwidth,
         }
+
+    @property
+    def sets(self) -> int:
+        """Of weights that a program holds: in a wavefront, those of the layer below too."""
+        return 1 if self.layers == 1 else 2
 
     @property
     def size(self) -> int:
@@ -259,22 +268,28 @@ def _resident(problem: _Problem) -> Step | None:
     return Step("resident", 0.0, parts, waves)
 
 
+def _spread(problem: _Problem, units: int, groups: int) -> Step | None:
+    """Programs that each hold the weights of so many hidden units, in so many groups that share the batch."""
+    device, slices = problem.device, math.ceil(problem.hidden_size / units)
+    held = problem.sets * GATES[problem.cell] * units * problem.hidden_size * problem.size
+    programs = problem.both * problem.layers * slices * groups
+    if groups < 1 or programs > device.multiprocessors or held > device.shared_memory:
+        return None
+    rows = _up(math.ceil(problem.batch / groups), ROWS)
+    weights = math.ceil(rows / 64) * held / SHARED_BYTES_PER_CLOCK / device.clock
+    read = programs * rows * problem.sets * problem.hidden_size * problem.exchanged * problem.size
+    parts = problem.parts(rows, units, weights, read / device.cache_bandwidth)
+    return Step("persistent" if problem.layers == 1 else "wavefront", BARRIER, parts)
+
+
 def _persistent(problem: _Problem) -> Step | None:
     """Programs that each hold the weights of some hidden units; the grid waits for all of them after every step."""
-    device, found = problem.device, []
+    found = []
     for units in (8, 16, 32, 64):
-        slices = math.ceil(problem.hidden_size / units)
-        room = device.multiprocessors // (slices * problem.both)
-        held = GATES[problem.cell] * units * problem.hidden_size * problem.size
-        if room == 0 or held > device.shared_memory:
-            continue
-        groups = min(room, math.ceil(problem.batch / ROWS))
-        rows = _up(math.ceil(problem.batch / groups), ROWS)
-        weights = math.ceil(rows / 64) * held / SHARED_BYTES_PER_CLOCK / device.clock
-        read = problem.both * slices * groups * rows * problem.hidden_size * problem.exchanged * problem.size
-        parts = problem.parts(rows, units, weights, read / device.cache_bandwidth)
-        found.append(Step("persistent", BARRIER, parts))
-    return min(found, key=lambda step: step.modelled, default=None)
+        together = problem.both * problem.layers * math.ceil(problem.hidden_size / units)
+        at_once = problem.device.multiprocessors // together
+        found.append(_spread(problem, units, min(at_once, math.ceil(problem.batch / ROWS))))
+    return min(filter(None, found), key=lambda step: step.modelled, default=None)
 
 
 def _step(problem: _Problem) -> Step:
@@ -355,7 +370,49 @@ def best(cell: str, hidden_size: int, batch: int, multiplication: str, device: D
     return min((each for each in found if each is not None), key=lambda each: each.modelled)
 
 
+def wavefront(
+    cell: str,
+    hidden_size: int,
+    batch: int,
+    layers: int,
+    multiplication: str,
+    device: Device,
+    direction: str = "forward",
+    tile: tuple[int, int] | None = None,
+) -> Step | None:
+    """The time of one step of a wavefront, in which each of so many layers takes a step; None where they don't fit.
+
+    A sequence of T steps takes T + layers - 1 of them; one layer after the other, it takes layers * T of :func:`best`.
+    ``tile`` is the rows of the batch and the hidden units of a program; by default those of the shortest time.
+
+    >>> together = wavefront("lstm", 512, 16, 2, "16-bit", DEVICES["H100"])
+    >>> alone = best("lstm", 512, 16, "16-bit", DEVICES["H100"], "forward")
+    >>> alone.modelled < together.modelled < 2 * alone.modelled
+    True
+    >>> wavefront("lstm", 1024, 16, 2, "16-bit", DEVICES["H100"]) is None
+    True
+    """
+    if layers < 2:
+        raise ValueError(f"layers: expected at least 2, got {layers}")
+    problem = _Problem(cell, hidden_size, batch, multiplication, device, direction, layers=layers)
+    return _persistent(problem) if tile is None else _spread(problem, tile[1], math.ceil(batch / tile[0]))
+
+
 HIDDEN_SIZES = (64, 128, 256, 512, 768, 1024, 2048)
+
+
+def _print_stacks(cells: Sequence[str], batch: int, layers: int, multiplication: str, device: Device) -> None:
+    print(
+        f"Microseconds in which all of {layers} layers take a step: modelled, and what takes longest in a wavefront\n"
+    )
+    print(f"{'':24}{'one after the other':>25}{'wavefront':>25}")
+    for cell, direction, size in itertools.product(cells, ("forward", "backward"), HIDDEN_SIZES):
+        alone = best(cell, size, batch, multiplication, device, direction)
+        together = wavefront(cell, size, batch, layers, multiplication, device, direction)
+        columns = f"{layers * alone.modelled * 1e6:.2f} {alone.design:>10}", "-"
+        if together:
+            columns = columns[0], f"{together.modelled * 1e6:.2f} {together.limit:>9}"
+        print(f"{cell:5}{direction:10}{'H=' + str(size):9}" + "".join(f"{column:>25}" for column in columns))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -370,11 +427,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=16, help="default: 16")
     parser.add_argument("--multiplication", choices=BYTES, default="16-bit", help="default: 16-bit")
     parser.add_argument("--bidirectional", action="store_true", help="a step of both directions of a layer")
+    parser.add_argument("--layers", type=int, default=1, help="of a stack: one after the other, and as a wavefront")
     options = parser.parse_args(arguments)
     if options.batch < 1:
         parser.error(f"argument --batch: expected at least 1, got {options.batch}")
+    if options.layers < 1:
+        parser.error(f"argument --layers: expected at least 1, got {options.layers}")
     device = DEVICES[options.device]
     print(f"A model, not a measurement: {device.name}, batch {options.batch}, {options.multiplication} products")
+    if options.layers > 1:
+        _print_stacks(options.cell or tuple(GATES), options.batch, options.layers, options.multiplication, device)
+        return 0
     print("Microseconds a step: floor, modelled, and what takes longest; - where a design can't hold the weights\n")
     print(f"{'':24}" + "".join(f"{design:>25}" for design in DESIGNS))
     for cell in options.cell or GATES:

@@ -144,3 +144,39 @@ def test_both_directions_share_the_gpu():
     one, both = times(1536, "persistent")
     assert one is not None
     assert both is None
+
+
+def test_a_wavefront_of_layers_costs_a_barrier_and_twice_the_rest():
+    device = model.DEVICES["H100"]
+    one = model.step("lstm", 512, 16, "16-bit", "persistent", device)
+    two = model.wavefront("lstm", 512, 16, 2, "16-bit", device, tile=(16, 16))
+    assert (two.design, two.latency) == ("wavefront", model.BARRIER)
+    assert two.parts["traffic"] == 2 * one.parts["traffic"]
+    alone = model._spread(model._Problem("lstm", 512, 16, "16-bit", device, "forward"), 16, 1)
+    assert [two.parts[part] / alone.parts[part] for part in ("product", "weights", "gates")] == [2, 2, 1]
+    assert two.parts["exchange"] == 4 * alone.parts["exchange"]  # twice the programs read twice as much
+    assert model.wavefront("lstm", 512, 17, 5, "16-bit", device, tile=(16, 16)) is None
+    with pytest.raises(ValueError, match="layers: expected at least 2, got 1"):
+        model.wavefront("lstm", 512, 16, 1, "16-bit", device)
+
+
+def test_the_table_of_wavefronts_begins_where_the_model_has_them_gain():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from rnnkernels.kernels.triton import dispatch
+
+    device = model.DEVICES["H100"]
+
+    def gains(cell, kind, size, tile, layers):
+        """At every batch that fits: how many times as long one layer after the other takes."""
+        for batch in itertools.count(tile[0], tile[0]):
+            passes = [model.wavefront(cell, size, batch, layers, kind, device, each, tile) for each in PASSES]
+            if None in passes:
+                return
+            alone = (layers * model.best(cell, size, batch, kind, device, each).modelled for each in PASSES)
+            yield sum(alone) / sum(step.modelled for step in passes)
+
+    for (cell, kind), sizes in dispatch.WAVEFRONT.items():
+        for size, tiles in sizes.items():
+            for tile, (_, least) in tiles.items():
+                enough = [min(gains(cell, kind, size, tile, layers), default=0) >= 1.15 for layers in range(2, 5)]
+                assert enough.index(True) + 2 == least, (cell, kind, size, tile)
