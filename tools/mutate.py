@@ -53,6 +53,10 @@ SUITES = {
     "directions": ("tests/test_directions.py", "(match_torch and unsorted) or a_process or twice"),
     "persistent": ("tests/test_persistent.py", "(direction and unsorted) or a_process or (every_size and 129)"),
     "persistent options": ("tests/test_persistent_options.py", "every_option or lengths_resets or clipped"),
+    "wavefront": (
+        "tests/test_wavefront.py",
+        "(matches_torch and tile0) or (dropout and (is_that or bits)) or a_process",
+    ),
 }
 """What to run: files, and pytest's -k."""
 
@@ -784,6 +788,74 @@ MUTATIONS = [
             "return time < length",
         ),
         ("persistent: the state before the last", "exchange[..., (steps - 1) % 2,", "exchange[..., steps % 2,"),
+    ),
+    *of(
+        "kernels/triton/wavefront.py",
+        "wavefront",
+        (
+            "wavefront: a step too few awaited",
+            "following, MATRICES)\n        if BARRIER:\n            wait(counter, (step + 1) *",
+            "following, MATRICES)\n        if BARRIER:\n            wait(counter, step *",
+        ),
+        (
+            "wavefront: all layers with the weights of the first",
+            "weight_hh + lane * matrices\n    has_below",
+            "weight_hh\n    has_below",
+        ),
+        ("wavefront: the cell state goes on in the padding", "c = tl.where(active, new_c, c)", "c = new_c"),
+        (
+            "wavefront: dropout on the way up alone",
+            "grad_h += sums + above * mask_of(",
+            "grad_h += sums + above + 0 * mask_of(",
+        ),
+        (
+            "wavefront: the first parts of the gates' gradients for the layer below",
+            "within_length[FIRST + index], mask=has_below",
+            "within_length[index], mask=has_below",
+        ),
+        (
+            "wavefront: the GRU's matrices in the order of the weights",
+            'own.roll(1, 1) if cell == "gru" else own',
+            "own",
+        ),
+        (
+            "wavefront: the final states a step early",
+            "exchange[(steps - 1) % 2, :, :batch, 1",
+            "exchange[steps % 2, :, :batch, 1",
+        ),
+    ),
+    *of(
+        "kernels/triton/random.py",
+        "wavefront",
+        (
+            "random: the mask of dropout not rounded",
+            "0.0, scale).to(KIND).to(tl.float32)",
+            "0.0, scale).to(tl.float32)",
+        ),
+    ),
+    *of(
+        "ops/_layers.py",
+        "wavefront",
+        (
+            "layers: the lowest lane's bias twice",
+            "bias = self.outer_bias(layer) if layer > first else None",
+            "bias = self.outer_bias(layer)",
+        ),
+        (
+            "layers: the gradient of a launch's input without dropout",
+            "grad_output = stack.dropped(of_lowest, first - 1)",
+            "grad_output = of_lowest",
+        ),
+        (
+            "layers: the weights' gradients from what dropout had not dropped",
+            "values = stack.dropped(values, layer - 1)",
+            "pass",
+        ),
+    ),
+    *of(
+        "nn/rnn.py",
+        "wavefront",
+        ("modules: other seeds for all layers at once", "seeds.next()  # an operator's", "pass  # an operator's"),
     ),
     *of(
         "kernels/triton/rnn.py",
