@@ -18,7 +18,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+import rnnkernels
 from benchmarks import designs, parity, runner
+from rnnkernels import _backend
 from rnnkernels.__main__ import LIMITS, OPERATORS, arithmetic, relative_error
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +29,9 @@ STEPS = 1_000_000
 """Steps that a barrier is waited at under load, for each operator and pass."""
 
 PASSES = ("forward", "backward")
+
+LAYERS = 3
+"""Of a stack that runs as a wavefront."""
 
 TOOLS = ("memcheck", "racecheck")
 """Of compute-sanitizer."""
@@ -100,16 +105,46 @@ def soak(case: dict, design, device: torch.device, steps: int, seconds: float) -
     error, limit = relative_error(first, exact.again()), LIMITS[arithmetic(first.dtype, device)]
     if not error <= limit:
         return {"status": "differs", "reason": f"from one launch a step by {error:.1e}, allowed {limit:.1e}"}
+    return repeat(run.again, first, device, max(2, math.ceil(steps / case["sequence_length"])), seconds)
+
+
+def repeat(again: Callable[[], Tensor], first: Tensor, device: torch.device, wanted: int, seconds: float) -> dict:
+    """Whether so many runs under load give the bits of the first."""
     load, end, runs = Load(device), time.monotonic() + seconds, 0
-    wanted = max(2, math.ceil(steps / case["sequence_length"]))
     for runs in range(1, wanted + 1):
         load.add()
-        if not torch.equal(run.again(), first):
+        if not torch.equal(again(), first):
             return {"status": "differs", "reason": f"run {runs} gave other bits than the first", "runs": runs}
         if time.monotonic() >= end and runs < wanted:
             reason = f"the time was used up after {runs} of {wanted} runs, which all agreed"
             return {"status": "skipped", "reason": reason, "runs": runs}
     return {"status": "agrees", "reason": None, "runs": runs}
+
+
+def soak_layers(case: dict, design, device: torch.device, steps: int, seconds: float) -> dict:
+    """The same of a wavefront: both passes of a module of several layers, beside one layer after the other."""
+    from rnnkernels.kernels.triton import dispatch
+
+    torch.manual_seed(0)
+    dtype, size, kind = getattr(torch, case["dtype"]), case["hidden_size"], case["operator"].upper()
+    module = getattr(rnnkernels, kind)(size, size, case["layers"], device=device, dtype=dtype)
+    input = torch.randn(case["sequence_length"], case["batch"], size, device=device).to(dtype).requires_grad_()
+    outer = torch.randn_like(input)
+
+    def passes(design) -> Tensor:
+        """The states and all gradients, end to end."""
+        with mock.patch.object(dispatch, "wavefront", return_value=design), _backend.use_backend("triton"):
+            output, _ = module(input)
+            gradients = torch.autograd.grad(output, [input, *module.parameters()], outer)
+        return torch.cat([tensor.flatten() for tensor in (output.detach(), *gradients)])
+
+    with designs.without_fallback():
+        first = passes(design)
+    error, limit = relative_error(first, passes(None)), LIMITS[arithmetic(dtype, device)]
+    if not error <= limit:
+        return {"status": "differs", "reason": f"from one layer after the other by {error:.1e}, allowed {limit:.1e}"}
+    wanted = max(2, math.ceil(steps / (2 * case["sequence_length"])))
+    return repeat(lambda: passes(design), first, device, wanted, seconds)
 
 
 def in_a_graph(case: dict, design, device: torch.device) -> dict:
@@ -179,6 +214,16 @@ def sizes_of(rehearsal: bool) -> tuple[dict, tuple[dict, ...]]:
     return (TINY, (TINY,)) if rehearsal else (SOAK, SMALL)
 
 
+def wavefront_of(case: dict, device: torch.device):
+    """The design that takes several layers of a case at once; None where none fits. A small one for a rehearsal."""
+    from rnnkernels.kernels.triton import dispatch
+
+    if device.type == "cpu":
+        return dispatch.Persistent(16, 16, 128, chunks=1, lanes=2)
+    operator, size, dtype = case["operator"], case["hidden_size"], getattr(torch, case["dtype"])
+    return dispatch.wavefront(operator, size, case["batch"], case["layers"], dtype, device)
+
+
 def passes(sizes: tuple[dict, ...], device: torch.device) -> Iterator[tuple[dict, object]]:
     """Every operator and pass, in every design that there is for it, and in every one that holds both directions."""
     for size, operator, direction in itertools.product(sizes, OPERATORS, PASSES):
@@ -204,12 +249,20 @@ def tasks(device: torch.device) -> Iterator[tuple[dict, Callable[[float], dict]]
                 "reason": "the dispatch has no persistent design for any operator: nothing waits at a barrier",
             },
         )
+    steps = 2 * large["sequence_length"] if rehearsal else STEPS
     for case, design in waiting:
-        steps = 2 * case["sequence_length"] if rehearsal else STEPS
         yield (
             fields("barrier", case, design, steps=steps),
             lambda seconds, each=(case, design), steps=steps: soak(*each, device, steps, seconds),
         )
+    for operator in OPERATORS:
+        case = {**large, "operator": operator, "layers": 2 if rehearsal else LAYERS}
+        design = wavefront_of(case, device)
+        if design is not None:
+            yield (
+                fields("layers", case, design, steps=steps),
+                lambda seconds, each=(case, design), steps=steps: soak_layers(*each, device, steps, seconds),
+            )
     if rehearsal:
         return
     for case, design in waiting:
@@ -222,7 +275,8 @@ def tasks(device: torch.device) -> Iterator[tuple[dict, Callable[[float], dict]]
 
 def fields(check: str, case: dict, design, **more) -> dict:
     """What a result file says of a check on a pass."""
-    name = f"{check}: {case['operator']} {case['pass']} H={case['hidden_size']} B={case['batch']} {design}"
+    what = case["pass"] if "pass" in case else f"{case['layers']} layers"
+    name = f"{check}: {case['operator']} {what} H={case['hidden_size']} B={case['batch']} {design}"
     return {"name": name, "check": check, "design": str(design), **case, **more}
 
 

@@ -434,6 +434,28 @@ def test_other_bits_under_load_are_seen(monkeypatch, direction, directions, kern
     assert (found["status"], found["runs"]) == ("differs", 2)
 
 
+@pytest.mark.interpreter
+def test_layers_that_give_other_bits_are_seen(monkeypatch, kernel_device):
+    from rnnkernels.kernels.triton import wavefront
+
+    case = {**stress.TINY, "operator": "gru", "layers": 2}
+    design = stress.wavefront_of(case, torch.device("cpu"))
+    calls, forward = [], wavefront.forward
+    monkeypatch.setattr(wavefront, "forward", lambda *arguments: calls.append(arguments) or forward(*arguments))
+    found = stress.soak_layers(case, design, kernel_device, steps=10, seconds=math.inf)
+    assert found == {"status": "agrees", "reason": None, "runs": 2}
+    assert len(calls) == 3
+
+    def disturbed(*arguments):
+        calls.append(arguments)
+        final = forward(*arguments)
+        arguments[9].view(-1)[0] += 1e-6 * (len(calls) % 2)  # the output
+        return final
+
+    monkeypatch.setattr(wavefront, "forward", disturbed)
+    assert stress.soak_layers(case, design, kernel_device, steps=10, seconds=math.inf)["status"] == "differs"
+
+
 def test_without_a_sanitizer_nothing_is_claimed(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert stress.sanitize("memcheck", 1.0) == {
