@@ -727,7 +727,7 @@ MUTATIONS = [
     *of(
         "ops/gru.py",
         "recompute",
-        ("recompute: gru without its bias", "_projection_bias(bias_ih, bias_hh)).unflatten", "None).unflatten"),
+        ("recompute: gru without its bias", " projection_bias(bias_ih, bias_hh)).unflatten", " None).unflatten"),
         (
             "recompute: gru keeps the gates",
             "return output, h_n, nothing if recompute_gates else gates",
@@ -820,8 +820,8 @@ MUTATIONS = [
         ),
         (
             "wavefront: the final states a step early",
-            "exchange[(steps - 1) % 2, :, :batch, 1",
-            "exchange[steps % 2, :, :batch, 1",
+            "exchange[:, (steps - 1) % 2, :batch, 1",
+            "exchange[:, steps % 2, :batch, 1",
         ),
     ),
     *of(
