@@ -45,6 +45,7 @@ BOTH_DIRECTIONS = {cell: (variant, None, True) for cell, (variant, *_) in HEAVIE
 PERSISTENT_ELSEWHERE = {
     80: {("rnn", "16-bit"): (2048, (16, 32)), ("gru", "tf32"): (512, (32, 16)), ("lstm", "16-bit"): (512, (16, 32))},
     86: {("rnn", "16-bit"): (512, (16, 64)), ("gru", "16-bit"): (768, (16, 16)), ("lstm", "ieee"): (256, (16, 16))},
+    100: {("rnn", "tf32"): (1024, (32, 16)), ("gru", "16-bit"): (2048, (16, 16)), ("lstm", "16-bit"): (1536, (16, 16))},
     "gfx942": dict.fromkeys(itertools.product(("rnn", "gru", "lstm"), ["ieee"]), (128, (16, 16))),
 }
 """Rows of the persistent design that are compiled for other GPUs than an H100 as well."""
@@ -52,6 +53,7 @@ PERSISTENT_ELSEWHERE = {
 WAVEFRONT_ELSEWHERE = {
     80: {("gru", "16-bit"): (256, (16, 32)), ("lstm", "16-bit"): (512, (16, 16))},
     86: {("rnn", "tf32"): (512, (16, 16)), ("lstm", "ieee"): (128, (16, 16))},
+    100: {("lstm", "16-bit"): (768, (16, 16))},
 }
 """Rows of the wavefront that are compiled for other GPUs than an H100 as well."""
 
@@ -289,9 +291,10 @@ def general_cases():
 
 
 def cases_of_other_gpus():
-    """The largest resident tile that fits, and a step, of each cell for a small GPU of NVIDIA's and one of AMD's."""
+    """The largest resident tile that fits, and a step, of each cell for other GPUs of NVIDIA's and for one of AMD's."""
     largest = {
         86: {"rnn": (128, 128), "gru": (64, 64), "lstm": (64, 64)},
+        100: {"rnn": (256, 128), "gru": (128, 64), "lstm": (128, 64)},
         "gfx942": {"rnn": (128, 64), "gru": (32, 32), "lstm": (32, 32)},
     }
     for gpu, sizes in largest.items():

@@ -765,3 +765,14 @@ def test_the_lstm_cell_refuses_bad_input():
 def test_the_cell_refuses_an_unknown_activation():
     with pytest.raises(ValueError, match="nonlinearity: expected one of"):
         rk.RNNCell(3, 5, nonlinearity="gelu")
+
+
+def test_a_gru_that_keeps_nothing_is_one_call_of_torchs(monkeypatch):
+    module, input = rk.GRU(3, 5, num_layers=2, bidirectional=True), torch.randn(40, 2, 3)
+    expected, calls = module(input), []
+    native = torch.gru
+    monkeypatch.setattr(torch, "gru", lambda *arguments: (calls.append(len(arguments)), native(*arguments))[1])
+    with torch.no_grad():
+        found = module(input)
+    assert len(calls) == 1
+    torch.testing.assert_close(found, tuple(result.detach() for result in expected), rtol=1e-5, atol=1e-6)

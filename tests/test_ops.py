@@ -537,3 +537,13 @@ def test_bad_input_of_the_projected_lstm_is_refused_by_name(name, value, message
     good = dict(zip(names_of("lstm"), tensors, strict=True))
     with pytest.raises(ValueError, match=message):
         rk.ops.lstm(**{**good, name: value})
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_lengths_without_padding_are_no_lengths(operator):
+    tensors = arguments(5, 3, 4, 6, torch.float32, operator=operator)
+    run = getattr(rk.ops, operator)
+    pairs = zip(run(*tensors, lengths=torch.full((3,), 5)), run(*tensors), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+        assert a.grad_fn.name() == b.grad_fn.name()

@@ -976,6 +976,27 @@ def test_gates_that_are_not_kept_exist_a_piece_of_time_at_once(
         torch.testing.assert_close(a, b.detach(), rtol=0, atol=0)
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("network", [{"num_layers": 2}, {"bidirectional": True}], ids=str)
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+def test_a_long_sequence_runs_in_pieces_where_nothing_is_kept(monkeypatch, kernel_device, kind, network):
+    module, input = getattr(rk, kind)(3, 70, **network).to(kernel_device), torch.randn(7, 5, 3, device=kernel_device)
+    kernels, most = importlib.import_module(f"rnnkernels.kernels.triton.{kind.lower()}"), []
+    forward = kernels.forward
+    monkeypatch.setattr(kernels, "forward", lambda gates, *rest: (most.append(gates.numel()), forward(gates, *rest))[1])
+    with rk.use_backend("triton"):
+        whole = module(input)
+        most.clear()
+        monkeypatch.setattr(_sequence, "AT_ONCE", 2 * 5 * 4 * 70)
+        assert len(module(input)[0]) == 7  # the gates are kept
+        assert max(most, default=7 * 5 * 4 * 70) >= 7 * 5 * 4 * 70
+        most.clear()
+        with torch.no_grad():
+            found = module(input)
+    assert max(most) == 2 * 5 * 4 * 70
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_recomputed_gates_are_finite_in_padding(operator, reverse):

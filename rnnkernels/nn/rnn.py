@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from rnnkernels import ops
 from rnnkernels._backend import autocast_dtype, resolve
 from rnnkernels.kernels.eager import onednn
+from rnnkernels.kernels.eager.products import by_onednn
 from rnnkernels.ops._both_directions import both_directions, can_run_both
 from rnnkernels.ops._checks import (
     check_choice,
@@ -20,7 +21,7 @@ from rnnkernels.ops._checks import (
     differentiable,
 )
 from rnnkernels.ops._layers import layers, serves
-from rnnkernels.ops._sequence import transformed
+from rnnkernels.ops._sequence import pieces_of_time, transformed
 from rnnkernels.ops.lstm import FEW_STEPS, run_onednn
 
 State = Tensor | tuple[Tensor, Tensor]
@@ -284,7 +285,7 @@ class Recurrent(SequenceModule, torch.nn.RNNBase):
         initial = zip(*(state.unbind(0) for state in states), strict=True)
         final = []
         output = input
-        at_once = self._both_are_plain() and reset is None and can_run_both(input)
+        at_once = self._both_are_plain() and reset is None and self._all_steps_at_once(input) and can_run_both(input)
         for layer in range(self.num_layers):
             each = [
                 (next(initial), self._weights(f"l{layer}{suffix}", seeds), None if seeds is None else seeds.next())
@@ -324,10 +325,14 @@ class Recurrent(SequenceModule, torch.nn.RNNBase):
         """Whether one operator takes all layers."""
         if self.num_layers == 1 or self.bidirectional or self.proj_size or not self._plain() or transformed():
             return False
-        return serves(self._cell(), input, self.hidden_size, self.num_layers)
+        return self._all_steps_at_once(input) and serves(self._operator, input, self.hidden_size, self.num_layers)
 
-    def _cell(self) -> str:
-        return self.mode.partition("_")[0].lower()
+    def _all_steps_at_once(self, input: Tensor) -> bool:
+        """Whether the gates of all steps may exist at once: a layer alone takes pieces of time where none are kept."""
+        if torch.compiler.is_compiling():
+            return True
+        kept = torch.is_grad_enabled() and not self.recompute_gates
+        return len(pieces_of_time(input, 4 * self.hidden_size, False, kept, "triton")) == 1
 
     def _run_layers(
         self, input: Tensor, states: tuple[Tensor, ...], lengths: Tensor | None, seeds: "_Seeds | None"
@@ -340,7 +345,7 @@ class Recurrent(SequenceModule, torch.nn.RNNBase):
         weights = [self._weights(f"l{layer}", seeds) for layer in range(self.num_layers)]
         nonlinearity = getattr(self, "nonlinearity", "tanh")
         options = {"lengths": lengths, "dropout": self.dropout, "seeds": of_dropout, "nonlinearity": nonlinearity}
-        return layers(self._cell(), input, states, weights, **options)
+        return layers(self._operator, input, states, weights, **options)
 
     def _zeros(self, input: Tensor) -> tuple[Tensor, ...]:
         """The initial states where none are given."""
@@ -746,6 +751,13 @@ class GRU(Recurrent):
                 output, h_n = self._forward_packed(packed, None if states is None else states[0])
                 return pad_packed_sequence(output, total_length=len(input))[0], (h_n,)
         return super()._run(input, states, lengths, reset)
+
+    def _native_is_faster(self, input: Tensor, states: tuple[Tensor, ...] | None, weights: list[Tensor]) -> bool:
+        if super()._native_is_faster(input, states, weights):
+            return True
+        # What the operator would do for each layer and direction, without turning the sequence round.
+        wanted = differentiable((input, *(states or ()), *weights))
+        return bool(self._native_steps) and not wanted and not by_onednn(input[0], weights[1])
 
     def _native_operator(self):
         return torch.gru

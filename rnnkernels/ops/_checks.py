@@ -49,11 +49,16 @@ def check_lengths(lengths: object, sequence_length: int, batch: int, device: tor
         raise TypeError(f"lengths: expected dtype torch.int64, got {lengths.dtype}")
     if tuple(lengths.shape) != (batch,):
         raise ValueError(f"lengths: expected shape ({batch},), one length a sequence, got {tuple(lengths.shape)}")
-    if lengths.device.type == "cpu" and batch > 0 and not torch.compiler.is_compiling():
+    if _values_are_known(lengths) and batch:
         shortest, longest = (int(bound) for bound in torch.aminmax(lengths))
         if shortest < 1 or longest > sequence_length:
             raise ValueError(f"lengths: expected 1 to {sequence_length} steps, got {shortest} to {longest}")
     return lengths.to(device).contiguous()
+
+
+def _values_are_known(lengths: Tensor) -> bool:
+    """Whether lengths can be looked at without waiting for a GPU."""
+    return lengths.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_reset(reset: object, sequence_length: int, batch: int, device: torch.device) -> Tensor:
@@ -163,6 +168,8 @@ def check_recurrent(
             check_tensor(name, value, shapes[name], like=input)
     if lengths is not None:
         lengths = check_lengths(lengths, sequence_length, batch, input.device)
+        if _values_are_known(lengths) and batch and int(lengths.min()) == sequence_length:
+            lengths = None  # there is no padding
     if reset is not None:
         reset = check_reset(reset, sequence_length, batch, input.device)
     backend = resolve(input.device, input.dtype)
