@@ -2,7 +2,7 @@
 
 A worker process compiles, with Triton's interpreter off. ``RNNKERNELS_COMPILE_ALL=1`` crosses every option with every
 tile (minutes); by default each tile is compiled with the options that need the most, and the largest tile of each type
-with all of them.
+with all of them for an H100.
 """
 
 import concurrent.futures
@@ -82,7 +82,8 @@ def cases():
             of_note = (hidden_size, batch) in ((largest, 3), (largest + 1, 65))
             if kind == "float16" and not (everything or of_note):
                 continue  # the same tiles and instructions as bfloat16
-            for options in OPTIONS[cell] if everything or of_note else [HEAVIEST[cell]]:
+            every = everything or (of_note and capability == 90 and kind != "float16")
+            for options in OPTIONS[cell] if every else [HEAVIEST[cell]]:
                 # The direction of time changes no tile: one of the two will do, but for the heaviest.
                 if everything or options == HEAVIEST[cell] or not options[1]:
                     yield cell, capability, kind, hidden_size, batch, options
