@@ -1,8 +1,8 @@
 """Which design and tile a recurrence runs with, and why: the one table of it.
 
 Resource figures come from offline compilation (Triton 3.7), which ``tests/test_compilation.py`` repeats for every row
-on an H100, and for some on other GPUs. Triton 3.5 and 3.6 gave the same for the rows that were tried with them. No row
-has been timed on a GPU yet.
+on an H100, and for some on other GPUs. Triton 3.5 and 3.6 gave the same for the rows that were tried with them.
+No row has been timed on a GPU yet.
 """
 
 import math
