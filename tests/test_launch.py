@@ -1,5 +1,7 @@
 """Steps replayed as a CUDA graph: on a GPU where there is one, else with a stand-in for the graph."""
 
+import importlib
+
 import pytest
 import torch
 from parity import GATES, arguments, assert_parity, random_lengths
@@ -127,3 +129,30 @@ def test_within_a_callers_capture(steps, replays, operator):
         graph.replay()
         for a, b in zip(captured, expected, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_programs_whose_sequences_have_ended_multiply_nothing(steps, poisoned, kernel_device, operator, reverse):
+    lengths = torch.ones(35, dtype=torch.int64)
+    lengths[[3, 20]] = torch.tensor([6, 4])  # in the first program of three, once they are sorted
+    tensors = arguments(6, 35, 3, 17, torch.float32, kernel_device, operator=operator)
+    assert_parity(tensors, 5e-6, operator, lengths=lengths.to(kernel_device), reverse=reverse)
+    if kernel_device.type == "cpu":
+        module = importlib.import_module(f"rnnkernels.kernels.triton.{operator}")
+        with pytest.MonkeyPatch.context() as patch:
+            loads = []
+            patch.setattr(module, "weight_tile", counting(module.weight_tile, loads))
+            assert_parity(tensors, 5e-6, operator, lengths=lengths, reverse=reverse)
+        # Forward and backward: three programs where all sequences run, one at each of the other five steps.
+        assert len(loads) == 2 * (3 + 5) * {"rnn": 1, "gru": 3, "lstm": 4}[operator]
+
+
+def counting(function, calls):
+    """The same function of a kernel in the interpreter, which leaves a trace of every call."""
+
+    def counted(*arguments):
+        calls.append(len(arguments))
+        return function(*arguments)
+
+    return counted

@@ -693,6 +693,26 @@ MUTATIONS = [
     *of(
         "kernels/triton/launch.py",
         "steps",
+        ("steps: sequences that have ended multiply", "tl.where(tl.max(length) > time, hidden_size, 0)", "hidden_size"),
+        (
+            "steps: in no order",
+            "argsort(lengths, descending=True, stable=True)",
+            "arange(len(lengths), device=lengths.device)",
+        ),
+        ("steps: every row from its place", "tl.load(order + positions, mask=positions < batch, other=0)", "positions"),
+    ),
+    *of(
+        "kernels/triton/lstm.py",
+        "steps",
+        (
+            "steps: no gradients where all have ended",
+            "left_out = tl.where(tl.program_id(1) == 0, inner_end,",
+            "left_out = tl.where(tl.program_id(1) == 0, hidden_size,",
+        ),
+    ),
+    *of(
+        "kernels/triton/launch.py",
+        "steps",
         (
             "launch: no time passes from graph to graph",
             "advance[(1,)](table, direction * CHUNK)",

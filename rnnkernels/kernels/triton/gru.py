@@ -20,11 +20,14 @@ from rnnkernels.kernels.triton.dispatch import Persistent, Resident, choose, inp
 from rnnkernels.kernels.triton.launch import RUNTIME as STEP
 from rnnkernels.kernels.triton.launch import (
     at,
+    by_length,
     carried,
     final_state,
+    inner_size,
     left_of,
     lookup,
     moment,
+    rows_at,
     rows_before,
     run_steps,
     stream,
@@ -282,9 +285,11 @@ def forward_step(
     bias_n = lookup(table, 3, ELEMENT, ALIGNED)
     lengths = lookup(table, 4, tl.int64, False)
     output = lookup(table, 5, ELEMENT, ALIGNED)
-    rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
+    order = lookup(table, 6, tl.int64, False)
+    positions = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
+    rows = rows_at(order, positions, batch, HAS_LENGTHS)
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
-    row_mask = rows < batch
+    row_mask = positions < batch
     mask = row_mask[:, None] & (columns < hidden_size)[None, :]
     row_offset = rows.to(tl.int64)[:, None] * hidden_size
     tile = row_offset + columns[None, :]
@@ -300,7 +305,8 @@ def forward_step(
     hn = tl.zeros((BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
     if HAS_BIAS:
         hn += tl.load(bias_n + columns, mask=columns < hidden_size, other=0.0).to(tl.float32)[None, :]
-    for start in range(0, hidden_size, BLOCK_INNER):
+    inner_end = inner_size(length, time, hidden_size, HAS_LENGTHS)
+    for start in range(0, inner_end, BLOCK_INNER):
         k = start + tl.arange(0, BLOCK_INNER)
         h = tl.load(previous + k[None, :], mask=row_mask[:, None] & (k < hidden_size)[None, :], other=0.0)
         within = (k < weight_size)[:, None] & (columns < weight_size)[None, :]
@@ -351,9 +357,11 @@ def backward_step(
     weight_hh = lookup(table, 5, ELEMENT, ALIGNED)
     lengths = lookup(table, 6, tl.int64, False)
     grad_gates = lookup(table, 7, ELEMENT, ALIGNED)
-    rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
+    order = lookup(table, 8, tl.int64, False)
+    positions = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
+    rows = rows_at(order, positions, batch, HAS_LENGTHS)
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
-    row_mask = rows < batch
+    row_mask = positions < batch
     row_offset = rows.to(tl.int64)[:, None] * hidden_size
     matrix = tl.cast(weight_size, tl.int64) * weight_size
     length = sequence_length
@@ -367,7 +375,8 @@ def backward_step(
     arriving = at(carried, time & 1, batch, hidden_size)
     following = at(carried, (time & 1) ^ 1, batch, hidden_size)
     product = tl.zeros((BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
-    for start in range(0, hidden_size, BLOCK_INNER):
+    inner_end = inner_size(length, time, hidden_size, HAS_LENGTHS)
+    for start in range(0, inner_end, BLOCK_INNER):
         k = start + tl.arange(0, BLOCK_INNER)
         tile = row_offset + k[None, :]
         part = row_offset * 4 + k[None, :]
@@ -396,6 +405,17 @@ def backward_step(
         product = tl.dot(grad_z.to(ELEMENT), weight_tile(w + matrix, within), acc=product, input_precision=PRECISION)
         weight_n = weight_tile(w + 2 * matrix, within)
         product = tl.dot(grad_hn.to(ELEMENT), weight_n, acc=product, input_precision=PRECISION)
+    if HAS_LENGTHS:
+        # What the loop left out, by the same programs: there is nothing to multiply where all sequences have ended.
+        left_out = tl.where(tl.program_id(1) == 0, inner_end, hidden_size)
+        for start in range(left_out, hidden_size, BLOCK_INNER):
+            k = start + tl.arange(0, BLOCK_INNER)
+            mask = row_mask[:, None] & (k < hidden_size)[None, :]
+            nothing, part = tl.zeros((BLOCK_BATCH, BLOCK_INNER), dtype=tl.float32), row_offset * 4 + k[None, :]
+            stream(grad_gates + part, nothing, mask)
+            stream(grad_gates + part + hidden_size, nothing, mask)
+            stream(grad_gates + part + 2 * hidden_size, nothing, mask)
+            stream(grad_gates + part + 3 * hidden_size, nothing, mask)
     tile = row_offset + columns[None, :]
     mask = row_mask[:, None] & (columns < hidden_size)[None, :]
     old = tl.load(arriving + tile, mask=mask, other=0.0)
@@ -699,7 +719,7 @@ def _forward(
             gates, h_0, weights, bias_n, lengths, output, h_n, sequence_length, *sizes, **options, **design.constants()
         )
         return (h_n,)
-    tensors = gates, h_0, weights, bias_n, lengths, output
+    tensors = gates, h_0, weights, bias_n, lengths, output, by_length(lengths)
     times = order_of_steps(sequence_length, reverse)
     run_steps(forward_step, design, tensors, (sequence_length, *sizes), times, **options)
     return (final_state(output, lengths, reverse),)
@@ -769,6 +789,6 @@ def _backward(
         return (grad_h_0,)
     times = order_of_steps(sequence_length, not reverse)
     gradient = carried(grad_h_n, times)
-    tensors = grad_output, gates, output, h_0, gradient, weights, lengths, grad_gates
+    tensors = grad_output, gates, output, h_0, gradient, weights, lengths, grad_gates, by_length(lengths)
     run_steps(backward_step, design, tensors, (sequence_length, *sizes), times, **options)
     return (left_of(gradient, times, output.dtype),)

@@ -81,6 +81,24 @@ def rows_before(sequence, initial, time, length, batch, size, row_offset, REVERS
 
 
 @triton.jit
+def rows_at(order, positions, batch, HAS_LENGTHS: tl.constexpr):
+    """Rows of the batch in order of falling length, so that sequences which have ended share programs."""
+    if HAS_LENGTHS:
+        return tl.load(order + positions, mask=positions < batch, other=0).to(tl.int32)
+    else:
+        return positions
+
+
+@triton.jit
+def inner_size(length, time, hidden_size, HAS_LENGTHS: tl.constexpr):
+    """Hidden units to multiply with: none where all of a program's sequences have ended."""
+    if HAS_LENGTHS:
+        return tl.where(tl.max(length) > time, hidden_size, 0)
+    else:
+        return hidden_size
+
+
+@triton.jit
 def weight_tile(pointers, mask):
     """A tile of the recurrent weights, which the L2 cache shall keep for the next step.
 
@@ -149,6 +167,11 @@ def carried(gradient: Tensor, times: range) -> Tensor:
 def left_of(both: Tensor, times: range, dtype: torch.dtype) -> Tensor:
     """What the last step back left there."""
     return both[1 - times[-1] % 2].to(dtype, copy=True)
+
+
+def by_length(lengths: Tensor | None) -> Tensor | None:
+    """What :func:`rows_at` reads: the rows, the longest sequence first."""
+    return None if lengths is None else torch.argsort(lengths, descending=True, stable=True)
 
 
 def final_state(output: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor:

@@ -21,11 +21,14 @@ from rnnkernels.kernels.triton.dispatch import Persistent, Resident, choose, inp
 from rnnkernels.kernels.triton.launch import RUNTIME as STEP
 from rnnkernels.kernels.triton.launch import (
     at,
+    by_length,
     carried,
     final_state,
+    inner_size,
     left_of,
     lookup,
     moment,
+    rows_at,
     rows_before,
     run_steps,
     stream,
@@ -318,9 +321,11 @@ def forward_step(
     lengths = lookup(table, 4, tl.int64, False)
     output = lookup(table, 5, ELEMENT, ALIGNED)
     cells = lookup(table, 6, tl.float32, ALIGNED)
-    rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
+    order = lookup(table, 7, tl.int64, False)
+    positions = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
+    rows = rows_at(order, positions, batch, HAS_LENGTHS)
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
-    row_mask = rows < batch
+    row_mask = positions < batch
     mask = row_mask[:, None] & (columns < hidden_size)[None, :]
     row_offset = rows.to(tl.int64)[:, None] * hidden_size
     tile = row_offset + columns[None, :]
@@ -335,7 +340,8 @@ def forward_step(
     f = tl.load(parts + hidden_size, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(parts + 2 * hidden_size, mask=mask, other=0.0).to(tl.float32)
     o = tl.load(parts + 3 * hidden_size, mask=mask, other=0.0).to(tl.float32)
-    for start in range(0, hidden_size, BLOCK_INNER):
+    inner_end = inner_size(length, time, hidden_size, HAS_LENGTHS)
+    for start in range(0, inner_end, BLOCK_INNER):
         k = start + tl.arange(0, BLOCK_INNER)
         h = tl.load(previous + k[None, :], mask=row_mask[:, None] & (k < hidden_size)[None, :], other=0.0)
         within = (k < weight_size)[:, None] & (columns < weight_size)[None, :]
@@ -392,9 +398,11 @@ def backward_step(
     weight_hh = lookup(table, 6, ELEMENT, ALIGNED)
     lengths = lookup(table, 7, tl.int64, False)
     grad_gates = lookup(table, 8, ELEMENT, ALIGNED)
-    rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
+    order = lookup(table, 9, tl.int64, False)
+    positions = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
+    rows = rows_at(order, positions, batch, HAS_LENGTHS)
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
-    row_mask = rows < batch
+    row_mask = positions < batch
     row_offset = rows.to(tl.int64)[:, None] * hidden_size
     matrix = tl.cast(weight_size, tl.int64) * weight_size
     before = rows_before(cells, c_0, time, sequence_length, batch, hidden_size, row_offset, REVERSE)
@@ -405,10 +413,13 @@ def backward_step(
     arriving_h, arriving_c = at(carried_h, time & 1, batch, hidden_size), at(carried_c, time & 1, batch, hidden_size)
     following_h = at(carried_h, (time & 1) ^ 1, batch, hidden_size)
     following_c = at(carried_c, (time & 1) ^ 1, batch, hidden_size)
+    length = 0
     if HAS_LENGTHS:
-        active = time < tl.load(lengths + rows, mask=row_mask, other=0)[:, None]
+        length = tl.load(lengths + rows, mask=row_mask, other=0)[:, None]
+        active = time < length
     product = tl.zeros((BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
-    for start in range(0, hidden_size, BLOCK_INNER):
+    inner_end = inner_size(length, time, hidden_size, HAS_LENGTHS)
+    for start in range(0, inner_end, BLOCK_INNER):
         k = start + tl.arange(0, BLOCK_INNER)
         tile = row_offset + k[None, :]
         part = row_offset * 4 + k[None, :]
@@ -443,6 +454,19 @@ def backward_step(
         product = tl.dot(grad_g.to(ELEMENT), weight_g, acc=product, input_precision=PRECISION)
         weight_o = weight_tile(w + 3 * matrix, within)
         product = tl.dot(grad_o.to(ELEMENT), weight_o, acc=product, input_precision=PRECISION)
+    if HAS_LENGTHS:
+        # What the loop left out, by the same programs: there is nothing to multiply where all sequences have ended.
+        left_out = tl.where(tl.program_id(1) == 0, inner_end, hidden_size)
+        for start in range(left_out, hidden_size, BLOCK_INNER):
+            k = start + tl.arange(0, BLOCK_INNER)
+            mask = row_mask[:, None] & (k < hidden_size)[None, :]
+            nothing, part = tl.zeros((BLOCK_BATCH, BLOCK_INNER), dtype=tl.float32), row_offset * 4 + k[None, :]
+            stream(grad_gates + part, nothing, mask)
+            stream(grad_gates + part + hidden_size, nothing, mask)
+            stream(grad_gates + part + 2 * hidden_size, nothing, mask)
+            stream(grad_gates + part + 3 * hidden_size, nothing, mask)
+            tile = row_offset + k[None, :]
+            tl.store(following_c + tile, tl.load(arriving_c + tile, mask=mask, other=0.0), mask=mask)
     tile = row_offset + columns[None, :]
     mask = row_mask[:, None] & (columns < hidden_size)[None, :]
     if HAS_LENGTHS:
@@ -790,7 +814,7 @@ def _forward(
             **design.constants(),
         )
         return h_n, c_n
-    tensors = gates, h_0, c_0.float(), weights, lengths, output, cells
+    tensors = gates, h_0, c_0.float(), weights, lengths, output, cells, by_length(lengths)
     times = order_of_steps(sequence_length, reverse)
     run_steps(forward_step, design, tensors, (sequence_length, *sizes), times, **options)
     c_n = cells[times[-1]].to(c_0.dtype, copy=True)
@@ -870,6 +894,6 @@ def _backward(
         return grad_h_0, grad_c_0
     times = order_of_steps(sequence_length, not reverse)
     carried_h, carried_c = carried(grad_h_n, times), carried(grad_c_n, times)
-    tensors = grad_output, gates, cells, c_0, carried_h, carried_c, weights, lengths, grad_gates
+    tensors = grad_output, gates, cells, c_0, carried_h, carried_c, weights, lengths, grad_gates, by_length(lengths)
     run_steps(backward_step, design, tensors, (sequence_length, *sizes), times, **options)
     return left_of(carried_h, times, grad_h_n.dtype), left_of(carried_c, times, grad_c_n.dtype)

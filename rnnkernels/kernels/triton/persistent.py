@@ -8,6 +8,9 @@ take as many bytes for the LSTM, more for the others, and a second pass over the
 
 A launch may hold several recurrences, each in a *lane* with groups and an exchange of its own.
 
+Where lengths differ, a group whose sequences have all ended goes on: the launch lasts as long as its longest sequence.
+The step design, whose programs share the chip, leaves out what has ended (``rnnkernels.kernels.triton.launch``).
+
 The exchange has two slots, for even and odd steps: who writes a slot again has passed a barrier since all have read it.
 
 Options of a cell that are pointwise ride along: resets, zoneout, recurrent dropout, peepholes, a bound on gradients.

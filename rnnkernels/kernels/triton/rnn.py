@@ -31,11 +31,14 @@ from rnnkernels.kernels.triton.dispatch import Persistent, Resident, choose, inp
 from rnnkernels.kernels.triton.launch import RUNTIME as STEP
 from rnnkernels.kernels.triton.launch import (
     at,
+    by_length,
     carried,
     final_state,
+    inner_size,
     left_of,
     lookup,
     moment,
+    rows_at,
     rows_before,
     run_steps,
     stream,
@@ -210,10 +213,12 @@ def forward_step(
     h_0 = lookup(table, 1, ELEMENT, ALIGNED)
     weight_hh = lookup(table, 2, ELEMENT, ALIGNED)
     lengths = lookup(table, 3, tl.int64, False)
-    rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
+    order = lookup(table, 4, tl.int64, False)
+    positions = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
+    rows = rows_at(order, positions, batch, HAS_LENGTHS)
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
     inner = tl.arange(0, BLOCK_INNER)
-    row_mask = rows < batch
+    row_mask = positions < batch
     mask = row_mask[:, None] & (columns < hidden_size)[None, :]
     row_offset = rows.to(tl.int64)[:, None] * hidden_size
     states = at(output, time, batch, hidden_size) + row_offset + columns[None, :]
@@ -223,7 +228,8 @@ def forward_step(
     previous = rows_before(output, h_0, time, length, batch, hidden_size, row_offset, REVERSE)
     weights = weight_hh + columns.to(tl.int64)[None, :] * weight_size
     a = tl.load(states, mask=mask, other=0.0).to(tl.float32)
-    for start in range(0, hidden_size, BLOCK_INNER):
+    inner_end = inner_size(length, time, hidden_size, HAS_LENGTHS)
+    for start in range(0, inner_end, BLOCK_INNER):
         k = start + inner
         h = tl.load(previous + k[None, :], mask=row_mask[:, None] & (k < hidden_size)[None, :], other=0.0)
         w = weight_tile(weights + k[:, None], (k < weight_size)[:, None] & (columns < weight_size)[None, :])
@@ -263,20 +269,25 @@ def backward_step(
     weight_hh = lookup(table, 3, ELEMENT, ALIGNED)
     lengths = lookup(table, 4, tl.int64, False)
     grad_projected = lookup(table, 5, ELEMENT, ALIGNED)
-    rows = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
+    order = lookup(table, 6, tl.int64, False)
+    positions = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
+    rows = rows_at(order, positions, batch, HAS_LENGTHS)
     columns = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
     inner = tl.arange(0, BLOCK_INNER)
-    row_mask = rows < batch
+    row_mask = positions < batch
     row_offset = rows.to(tl.int64)[:, None] * hidden_size
     grad_output = at(grad_output, time, batch, hidden_size)
     output = at(output, time, batch, hidden_size)
     grad_projected = at(grad_projected, time, batch, hidden_size)
     arriving = at(carried, time & 1, batch, hidden_size)
     following = at(carried, (time & 1) ^ 1, batch, hidden_size)
+    length = 0
     if HAS_LENGTHS:
-        active = time < tl.load(lengths + rows, mask=row_mask, other=0)[:, None]
+        length = tl.load(lengths + rows, mask=row_mask, other=0)[:, None]
+        active = time < length
     product = tl.zeros((BLOCK_BATCH, BLOCK_HIDDEN), dtype=tl.float32)
-    for start in range(0, hidden_size, BLOCK_INNER):
+    inner_end = inner_size(length, time, hidden_size, HAS_LENGTHS)
+    for start in range(0, inner_end, BLOCK_INNER):
         k = start + inner
         tile = row_offset + k[None, :]
         mask = row_mask[:, None] & (k < hidden_size)[None, :]
@@ -291,6 +302,14 @@ def backward_step(
         w = weight_hh + k.to(tl.int64)[:, None] * weight_size + columns[None, :]
         w = weight_tile(w, (k < weight_size)[:, None] & (columns < weight_size)[None, :])
         product = tl.dot(gradient, w, acc=product, input_precision=PRECISION)
+    if HAS_LENGTHS:
+        # What the loop left out, by the same programs: there is nothing to multiply where all sequences have ended.
+        left_out = tl.where(tl.program_id(1) == 0, inner_end, hidden_size)
+        for start in range(left_out, hidden_size, BLOCK_INNER):
+            k = start + tl.arange(0, BLOCK_INNER)
+            mask = row_mask[:, None] & (k < hidden_size)[None, :]
+            nothing = tl.zeros((BLOCK_BATCH, BLOCK_INNER), dtype=tl.float32)
+            stream(grad_projected + row_offset + k[None, :], nothing, mask)
     tile = row_offset + columns[None, :]
     mask = row_mask[:, None] & (columns < hidden_size)[None, :]
     if HAS_LENGTHS:
@@ -535,7 +554,8 @@ def _forward(
         )
         return (h_n,)
     times = order_of_steps(sequence_length, reverse)
-    run_steps(forward_step, design, (output, h_0, weight_hh, lengths), (sequence_length, *sizes), times, **options)
+    tensors = output, h_0, weight_hh, lengths, by_length(lengths)
+    run_steps(forward_step, design, tensors, (sequence_length, *sizes), times, **options)
     return (final_state(output, lengths, reverse),)
 
 
@@ -605,6 +625,6 @@ def _backward(
         return (grad_h_0,)
     times = order_of_steps(sequence_length, not reverse)
     gradient = carried(grad_h_n, times)
-    tensors = grad_output, output, gradient, weight_hh, lengths, grad_projected
+    tensors = grad_output, output, gradient, weight_hh, lengths, grad_projected, by_length(lengths)
     run_steps(backward_step, design, tensors, (sequence_length, *sizes), times, **options)
     return (left_of(gradient, times, output.dtype),)
